@@ -1,0 +1,13 @@
+"""The work of Braid. Knows torch and safetensors; only `engine.comfyui` knows ComfyUI.
+
+network     the trainable adapter: which layers, what maths, which file format
+timesteps   which noise levels a run trains on, as one inverse CDF
+training    the plan, the data, the loss and the loop of a run
+ema         post-hoc averages of a run's checkpoints
+fp8         weights held in FP8 with scales
+magcache    which sampling steps may be skipped, planned over sigma
+playground  a small real world (data, model, scores) that runs anywhere
+comfyui     the adapter to the host
+
+A feature never imports another one; `training` may use `network` and `timesteps`.
+"""

@@ -1,0 +1,1 @@
+"""The adapter to ComfyUI: the only engine folder that imports `comfy`."""

@@ -1,0 +1,1 @@
+"""Post-hoc exponential moving averages of checkpoints."""

@@ -1,0 +1,1 @@
+"""Weights held in FP8 with scales."""

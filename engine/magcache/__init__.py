@@ -1,0 +1,1 @@
+"""Which sampling steps may be skipped, planned over sigma."""

@@ -1,0 +1,1 @@
+"""The trainable adapter: which layers it sits on, its maths, its files."""

@@ -1,0 +1,1 @@
+"""A small real world that runs anywhere: data, model, scores, demo."""

@@ -1,0 +1,20 @@
+"""ComfyUI nodes: sockets in, one engine call, sockets out."""
+
+from typing_extensions import override
+
+from comfy_api.latest import ComfyExtension, io
+
+from . import live
+
+NODES: list[type[io.ComfyNode]] = []
+"""Every node of the pack, in menu order."""
+
+
+class BraidExtension(ComfyExtension):
+    @override
+    async def on_load(self) -> None:
+        live.add_routes()
+
+    @override
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return NODES

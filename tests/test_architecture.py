@@ -1,0 +1,84 @@
+"""The import directions of the house (CONTRIBUTING.md), checked on the syntax trees."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+HOST = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "server", "nodes",
+        "execution", "latent_preview", "node_helpers"}
+MAY_USE = {"training": {"network", "timesteps"}, "playground": set()}
+FEATURES = {"network", "timesteps", "training", "ema", "fp8", "magcache", "playground", "comfyui"}
+SOURCES = sorted((ROOT / "engine").rglob("*.py")) + sorted((ROOT / "nodes").rglob("*.py"))
+
+
+def _imports(path: Path):
+    """Yield (absolute top-level module, None) or (None, path relative to the pack root)."""
+    package = path.relative_to(ROOT).with_suffix("").parts
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            for name in node.names:
+                yield name.name.split(".")[0], None
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield node.module.split(".")[0], None
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level]
+            target = [*base, *(node.module.split(".") if node.module else [])]
+            names = [] if node.module and len(target) > 2 else [n.name for n in node.names]
+            for name in names or [None]:
+                yield None, tuple([*target, name] if name else target)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_follow_the_house(path):
+    room = path.relative_to(ROOT).parts
+    for absolute, relative in _imports(path):
+        if absolute:
+            _check_absolute(path, room, absolute)
+        else:
+            _check_relative(path, room, relative)
+
+
+def _check_absolute(path, room, module):
+    assert module != "comfyui_braid", f"{path}: only relative imports inside the pack"
+    if room[0] == "engine" and room[1] != "comfyui":
+        assert module not in HOST, f"{path}: engine.{room[1]} must not know ComfyUI ({module})"
+    if room[:2] == ("engine", "comfyui"):
+        forbidden = {"server", "comfy_api", "nodes", "folder_paths"}
+        assert module not in forbidden, f"{path}: {module} belongs in nodes/"
+    if room[0] == "nodes" and room[-1] != "live.py":
+        assert module != "server", f"{path}: only nodes/live.py imports the server"
+
+
+def _check_relative(path, room, target):
+    if room[0] != "engine":
+        return
+    assert target[0] == "engine", f"{path}: the engine must not import {'.'.join(target)}"
+    feature = room[1]
+    if feature == "comfyui" or len(target) < 2:
+        return
+    other = target[1]
+    if other in FEATURES and other != feature:
+        allowed = MAY_USE.get(feature, set()) | ({"network", "timesteps", "training", "ema", "fp8",
+                                                  "magcache"} if path.name == "demo.py" else set())
+        assert other in allowed, f"{path}: engine.{feature} must not import engine.{other}"
+
+
+def test_the_pack_root_imports_nothing_while_loading():
+    tree = ast.parse((ROOT / "__init__.py").read_text())
+    assert not [n for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom))]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_eval_no_pickle_no_print_no_globals(path):
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        assert not isinstance(node, ast.Global), f"{path}:{node.lineno} global statement"
+        if isinstance(node, ast.ExceptHandler):
+            assert node.type is not None, f"{path}:{node.lineno} bare except"
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            forbidden = {"eval", "exec", "compile"} | (
+                set() if path.parent.name == "playground" else {"print"})
+            assert node.func.id not in forbidden, f"{path}:{node.lineno} calls {node.func.id}()"
+    assert "pickle" not in {absolute for absolute, _ in _imports(path)}, f"{path} imports pickle"
