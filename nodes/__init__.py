@@ -1,8 +1,7 @@
 """ComfyUI nodes: sockets in, one engine call, sockets out."""
 
-from typing_extensions import override
-
 from comfy_api.latest import ComfyExtension, io
+from typing_extensions import override
 
 from . import live
 

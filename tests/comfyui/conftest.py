@@ -1,7 +1,6 @@
 """Tests in this folder run inside a real ComfyUI, imported in-process; without one they are skipped."""
 
 import pytest
-
 from host.inprocess import import_comfyui
 
 HAS_COMFYUI = import_comfyui()

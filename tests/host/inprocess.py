@@ -14,9 +14,8 @@ def import_comfyui() -> bool:
     if str(root) not in sys.path:
         sys.path.insert(0, str(root))
     stand_ins.install()
-    import torch
-
     import comfy.options
+    import torch
 
     if "comfy.cli_args" not in sys.modules:
         argv, sys.argv = sys.argv, ["x"] + ([] if torch.cuda.is_available() else ["--cpu"])

@@ -1,0 +1,118 @@
+"""Files that are whole or absent, and the hashes that LoRA managers look for."""
+
+import hashlib
+import json
+import os
+import struct
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+from torch import Tensor
+
+LEGACY_HASH_OFFSET = 0x100000
+LEGACY_HASH_LENGTH = 0x10000
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
+
+
+@contextmanager
+def replaced_when_whole(path: Path) -> Iterator[Path]:
+    """Yield a temporary path in the folder of `path`; on success it is flushed to disk and renamed to `path`.
+
+    On any exception the temporary file is removed and `path` is left as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorEntry:
+    """One tensor as the header of a safetensors file describes it."""
+
+    dtype: str
+    """safetensors' name: F32, BF16, F8_E4M3, I64 …"""
+    shape: tuple[int, ...]
+    start: int
+    """First byte, counted from the start of the file."""
+    end: int
+    """One past the last byte, counted from the start of the file."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SafetensorsHeader:
+    """Everything a safetensors file says before its data."""
+
+    metadata: dict[str, str]
+    tensors: dict[str, TensorEntry]
+    """In the order of the data."""
+    data_start: int
+    """Offset of the first data byte in the file."""
+
+
+def read_header(path: Path) -> SafetensorsHeader:
+    """The header of a safetensors file; ValueError when the file is not one or is cut short."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        if len(prefix) < 8:
+            raise ValueError(f"{path}: not a safetensors file (only {len(prefix)} bytes)")
+        (length,) = struct.unpack("<Q", prefix)
+        if length > min(MAX_HEADER_BYTES, size - 8):
+            raise ValueError(f"{path}: not a safetensors file, or cut short (header of {length} bytes in {size})")
+        try:
+            raw = json.loads(file.read(length))
+        except ValueError as error:
+            raise ValueError(f"{path}: not a safetensors file (its header is not JSON: {error})") from error
+    data_start = 8 + length
+    metadata = raw.pop("__metadata__", None) or {}
+    ordered = sorted(raw.items(), key=lambda item: item[1]["data_offsets"])
+    tensors = {name: TensorEntry(dtype=entry["dtype"], shape=tuple(entry["shape"]),
+                                 start=data_start + entry["data_offsets"][0],
+                                 end=data_start + entry["data_offsets"][1])
+               for name, entry in ordered}
+    end = max((entry.end for entry in tensors.values()), default=data_start)
+    if end > size:
+        raise ValueError(f"{path}: cut short (needs {end} bytes, has {size}); copy or save it again")
+    return SafetensorsHeader(metadata=metadata, tensors=tensors, data_start=data_start)
+
+
+def sshs_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """`sshs_model_hash` and `sshs_legacy_hash` as kohya's tools compute them.
+
+    Both are taken from a serialisation whose header holds only the `ss_…` metadata: the model hash is the
+    SHA-256 of everything after the header, the legacy hash the first 8 hex digits of the SHA-256 of
+    64 KiB at offset 1 MiB.
+    """
+    ss_metadata = {key: value for key, value in metadata.items() if key.startswith("ss_")}
+    data = memoryview(safetensors.torch.save(dict(tensors), ss_metadata))
+    (length,) = struct.unpack("<Q", data[:8])
+    legacy = data[LEGACY_HASH_OFFSET:LEGACY_HASH_OFFSET + LEGACY_HASH_LENGTH]
+    return {"sshs_model_hash": hashlib.sha256(data[8 + length:]).hexdigest(),
+            "sshs_legacy_hash": hashlib.sha256(legacy).hexdigest()[:8]}
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write `tensors` (made contiguous, on the CPU) and string `metadata`; whole or not at all."""
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with replaced_when_whole(path) as temporary:
+        safetensors.torch.save_file(on_cpu, temporary, dict(metadata))
