@@ -4,7 +4,7 @@ WEB_DIRECTORY = "./web"
 
 
 async def comfy_entrypoint():
-    """Called by ComfyUI; the import waits until here so that tests can import the package without ComfyUI."""
+    """Called by ComfyUI. The import waits until here so that tests need no ComfyUI."""
     from .nodes import BraidExtension
 
     return BraidExtension()

@@ -20,7 +20,7 @@ MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 
 @contextmanager
 def replaced_when_whole(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in the folder of `path`; on success it is flushed to disk and renamed to `path`.
+    """Yield a temporary path beside `path`; on success flush it to disk and rename it to `path`.
 
     On any exception the temporary file is removed and `path` is left as it was.
     """
@@ -78,21 +78,32 @@ def read_header(path: Path) -> SafetensorsHeader:
             raise ValueError(f"{path}: not a safetensors file (only {len(prefix)} bytes)")
         (length,) = struct.unpack("<Q", prefix)
         if length > min(MAX_HEADER_BYTES, size - 8):
-            raise ValueError(f"{path}: not a safetensors file, or cut short (header of {length} bytes in {size})")
+            raise ValueError(
+                f"{path}: not a safetensors file, or cut short (header {length} of {size} bytes)"
+            )
         try:
             raw = json.loads(file.read(length))
         except ValueError as error:
-            raise ValueError(f"{path}: not a safetensors file (its header is not JSON: {error})") from error
+            raise ValueError(
+                f"{path}: not a safetensors file (its header is not JSON: {error})"
+            ) from error
     data_start = 8 + length
     metadata = raw.pop("__metadata__", None) or {}
     ordered = sorted(raw.items(), key=lambda item: item[1]["data_offsets"])
-    tensors = {name: TensorEntry(dtype=entry["dtype"], shape=tuple(entry["shape"]),
-                                 start=data_start + entry["data_offsets"][0],
-                                 end=data_start + entry["data_offsets"][1])
-               for name, entry in ordered}
+    tensors = {
+        name: TensorEntry(
+            dtype=entry["dtype"],
+            shape=tuple(entry["shape"]),
+            start=data_start + entry["data_offsets"][0],
+            end=data_start + entry["data_offsets"][1],
+        )
+        for name, entry in ordered
+    }
     end = max((entry.end for entry in tensors.values()), default=data_start)
     if end > size:
-        raise ValueError(f"{path}: cut short (needs {end} bytes, has {size}); copy or save it again")
+        raise ValueError(
+            f"{path}: cut short (needs {end} bytes, has {size}); copy or save it again"
+        )
     return SafetensorsHeader(metadata=metadata, tensors=tensors, data_start=data_start)
 
 
@@ -106,12 +117,16 @@ def sshs_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> d
     ss_metadata = {key: value for key, value in metadata.items() if key.startswith("ss_")}
     data = memoryview(safetensors.torch.save(dict(tensors), ss_metadata))
     (length,) = struct.unpack("<Q", data[:8])
-    legacy = data[LEGACY_HASH_OFFSET:LEGACY_HASH_OFFSET + LEGACY_HASH_LENGTH]
-    return {"sshs_model_hash": hashlib.sha256(data[8 + length:]).hexdigest(),
-            "sshs_legacy_hash": hashlib.sha256(legacy).hexdigest()[:8]}
+    legacy = data[LEGACY_HASH_OFFSET : LEGACY_HASH_OFFSET + LEGACY_HASH_LENGTH]
+    return {
+        "sshs_model_hash": hashlib.sha256(data[8 + length :]).hexdigest(),
+        "sshs_legacy_hash": hashlib.sha256(legacy).hexdigest()[:8],
+    }
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
     """Write `tensors` (made contiguous, on the CPU) and string `metadata`; whole or not at all."""
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replaced_when_whole(path) as temporary:

@@ -26,7 +26,9 @@ def add_routes() -> None:
 async def _answer(request: web.Request) -> web.Response:
     compute = LIVE.get(request.match_info["noun"])
     if compute is None:
-        return web.json_response({"error": f"unknown chart {request.match_info['noun']!r}"}, status=404)
+        return web.json_response(
+            {"error": f"unknown chart {request.match_info['noun']!r}"}, status=404
+        )
     values = await request.json()
     try:
         return web.json_response(await asyncio.to_thread(compute, values))

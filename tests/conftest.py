@@ -1,4 +1,4 @@
-"""Loads the repository as package `comfyui_braid`, whatever its folder is called, as ComfyUI does."""
+"""Loads the repository as package `comfyui_braid`, whatever its folder is called."""
 
 import importlib.util
 import sys

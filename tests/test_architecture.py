@@ -6,8 +6,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-HOST = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "server", "nodes",
-        "execution", "latent_preview", "node_helpers"}
+HOST = {
+    "comfy",
+    "comfy_api",
+    "comfy_extras",
+    "comfy_execution",
+    "folder_paths",
+    "server",
+    "nodes",
+    "execution",
+    "latent_preview",
+    "node_helpers",
+}
 MAY_USE = {"training": {"network", "timesteps"}, "playground": set()}
 FEATURES = {"network", "timesteps", "training", "ema", "fp8", "magcache", "playground", "comfyui"}
 SOURCES = sorted((ROOT / "engine").rglob("*.py")) + sorted((ROOT / "nodes").rglob("*.py"))
@@ -60,8 +70,11 @@ def _check_relative(path, room, target):
         return
     other = target[1]
     if other in FEATURES and other != feature:
-        allowed = MAY_USE.get(feature, set()) | ({"network", "timesteps", "training", "ema", "fp8",
-                                                  "magcache"} if path.name == "demo.py" else set())
+        allowed = MAY_USE.get(feature, set()) | (
+            {"network", "timesteps", "training", "ema", "fp8", "magcache"}
+            if path.name == "demo.py"
+            else set()
+        )
         assert other in allowed, f"{path}: engine.{feature} must not import engine.{other}"
 
 
@@ -79,6 +92,7 @@ def test_no_eval_no_pickle_no_print_no_globals(path):
             assert node.type is not None, f"{path}:{node.lineno} bare except"
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             forbidden = {"eval", "exec", "compile"} | (
-                set() if path.parent.name == "playground" else {"print"})
+                set() if path.parent.name == "playground" else {"print"}
+            )
             assert node.func.id not in forbidden, f"{path}:{node.lineno} calls {node.func.id}()"
     assert "pickle" not in {absolute for absolute, _ in _imports(path)}, f"{path} imports pickle"

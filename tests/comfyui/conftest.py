@@ -1,4 +1,4 @@
-"""Tests in this folder run inside a real ComfyUI, imported in-process; without one they are skipped."""
+"""These tests run inside a real ComfyUI, imported in-process; without one they are skipped."""
 
 import pytest
 from host.inprocess import import_comfyui

@@ -1,4 +1,4 @@
-"""Tiny real models of each architecture, in ComfyUI's own classes, with reproducible random weights.
+"""Tiny real models of each architecture, in ComfyUI's own classes, with seeded random weights.
 
     patcher = build("flux", dtype=torch.float32)     a comfy.model_patcher.ModelPatcher
     latent(name, batch), conditioning(name, seed)    what its sampler and trainer take
@@ -27,53 +27,149 @@ class TinyModel:
     extra_cond: dict = field(default_factory=dict)
 
 
-FLUX = dict(image_model="flux", in_channels=16, out_channels=16, vec_in_dim=32, context_in_dim=64,
-            hidden_size=128, mlp_ratio=4.0, num_heads=1, depth=2, depth_single_blocks=4,
-            axes_dim=[16, 56, 56], theta=10000, patch_size=2, qkv_bias=True, guidance_embed=False,
-            txt_ids_dims=[])
+FLUX = dict(
+    image_model="flux",
+    in_channels=16,
+    out_channels=16,
+    vec_in_dim=32,
+    context_in_dim=64,
+    hidden_size=128,
+    mlp_ratio=4.0,
+    num_heads=1,
+    depth=2,
+    depth_single_blocks=4,
+    axes_dim=[16, 56, 56],
+    theta=10000,
+    patch_size=2,
+    qkv_bias=True,
+    guidance_embed=False,
+    txt_ids_dims=[],
+)
 MODELS = {
     "flux": TinyModel("FluxSchnell", FLUX, (16, 16, 16), 64, pooled_dim=32),
-    "flux_dev": TinyModel("Flux", {**FLUX, "guidance_embed": True}, (16, 16, 16), 64, pooled_dim=32),
+    "flux_dev": TinyModel(
+        "Flux", {**FLUX, "guidance_embed": True}, (16, 16, 16), 64, pooled_dim=32
+    ),
     "wan": TinyModel(
         "WAN21_T2V",
-        dict(image_model="wan2.1", model_type="t2v", dim=128, num_heads=1, ffn_dim=256, num_layers=3,
-             text_dim=64, patch_size=(1, 2, 2), in_dim=16, out_dim=16, freq_dim=256, qk_norm=True,
-             cross_attn_norm=True, eps=1e-6, window_size=(-1, -1)),
-        (16, 3, 8, 8), 64),
+        dict(
+            image_model="wan2.1",
+            model_type="t2v",
+            dim=128,
+            num_heads=1,
+            ffn_dim=256,
+            num_layers=3,
+            text_dim=64,
+            patch_size=(1, 2, 2),
+            in_dim=16,
+            out_dim=16,
+            freq_dim=256,
+            qk_norm=True,
+            cross_attn_norm=True,
+            eps=1e-6,
+            window_size=(-1, -1),
+        ),
+        (16, 3, 8, 8),
+        64,
+    ),
     "qwen_image": TinyModel(
         "QwenImage",
-        dict(image_model="qwen_image", num_layers=2, num_attention_heads=2, attention_head_dim=64,
-             joint_attention_dim=64, axes_dims_rope=(16, 24, 24), in_channels=64),
-        (16, 1, 8, 8), 64),
+        dict(
+            image_model="qwen_image",
+            num_layers=2,
+            num_attention_heads=2,
+            attention_head_dim=64,
+            joint_attention_dim=64,
+            axes_dims_rope=(16, 24, 24),
+            in_channels=64,
+        ),
+        (16, 1, 8, 8),
+        64,
+    ),
     "hunyuan_video": TinyModel(
         "HunyuanVideo",
-        dict(image_model="hunyuan_video", hidden_size=128, num_heads=1, depth=2,
-             depth_single_blocks=2, axes_dim=[16, 56, 56], context_in_dim=64, vec_in_dim=32,
-             patch_size=[1, 2, 2], in_channels=16, out_channels=16, mlp_ratio=4.0, theta=256,
-             qkv_bias=True, guidance_embed=True, byt5=False, meanflow=False,
-             use_cond_type_embedding=False, vision_in_dim=None, meanflow_sum=False),
-        (16, 3, 8, 8), 64, pooled_dim=32),
+        dict(
+            image_model="hunyuan_video",
+            hidden_size=128,
+            num_heads=1,
+            depth=2,
+            depth_single_blocks=2,
+            axes_dim=[16, 56, 56],
+            context_in_dim=64,
+            vec_in_dim=32,
+            patch_size=[1, 2, 2],
+            in_channels=16,
+            out_channels=16,
+            mlp_ratio=4.0,
+            theta=256,
+            qkv_bias=True,
+            guidance_embed=True,
+            byt5=False,
+            meanflow=False,
+            use_cond_type_embedding=False,
+            vision_in_dim=None,
+            meanflow_sum=False,
+        ),
+        (16, 3, 8, 8),
+        64,
+        pooled_dim=32,
+    ),
     "lumina2": TinyModel(
         "Lumina2",
-        dict(image_model="lumina2", patch_size=2, in_channels=16, dim=128, n_layers=2,
-             n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=64, axes_dims=[16, 24, 24],
-             axes_lens=[300, 512, 512], qk_norm=True, multiple_of=256, norm_eps=1e-5),
-        (16, 16, 16), 64),
+        dict(
+            image_model="lumina2",
+            patch_size=2,
+            in_channels=16,
+            dim=128,
+            n_layers=2,
+            n_refiner_layers=1,
+            n_heads=2,
+            n_kv_heads=2,
+            cap_feat_dim=64,
+            axes_dims=[16, 24, 24],
+            axes_lens=[300, 512, 512],
+            qk_norm=True,
+            multiple_of=256,
+            norm_eps=1e-5,
+        ),
+        (16, 16, 16),
+        64,
+    ),
     "sd15": TinyModel(
         "SD15",
-        dict(image_size=32, in_channels=4, out_channels=4, model_channels=32,
-             num_res_blocks=[1, 1], channel_mult=(1, 2), transformer_depth=[1, 1],
-             transformer_depth_output=[1, 1, 1, 1], transformer_depth_middle=1, num_heads=2,
-             num_head_channels=-1, use_spatial_transformer=True, context_dim=64, legacy=False,
-             use_temporal_attention=False, use_linear_in_transformer=False, adm_in_channels=None),
-        (4, 16, 16), 64),
+        dict(
+            image_size=32,
+            in_channels=4,
+            out_channels=4,
+            model_channels=32,
+            num_res_blocks=[1, 1],
+            channel_mult=(1, 2),
+            transformer_depth=[1, 1],
+            transformer_depth_output=[1, 1, 1, 1],
+            transformer_depth_middle=1,
+            num_heads=2,
+            num_head_channels=-1,
+            use_spatial_transformer=True,
+            context_dim=64,
+            legacy=False,
+            use_temporal_attention=False,
+            use_linear_in_transformer=False,
+            adm_in_channels=None,
+        ),
+        (4, 16, 16),
+        64,
+    ),
 }
 ARCHITECTURES = ("flux", "wan", "qwen_image", "hunyuan_video", "lumina2")
 """The transformer architectures that every training test covers."""
 
 
-def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, weight_std: float = 0.05,
-          ) -> comfy.model_patcher.ModelPatcher:
+def build(
+    name: str,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    weight_std: float = 0.05,
+) -> comfy.model_patcher.ModelPatcher:
     """One tiny model wrapped in a ModelPatcher, its weights drawn from `seed`."""
     tiny = MODELS[name]
     config = getattr(comfy.supported_models, tiny.supported_model)(dict(tiny.unet_config))
@@ -88,7 +184,9 @@ def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, weight_s
             parameter.copy_(values.to(parameter.dtype))
     model.eval()
     device = comfy.model_management.get_torch_device()
-    return comfy.model_patcher.ModelPatcher(model.to(device), load_device=device, offload_device=device)
+    return comfy.model_patcher.ModelPatcher(
+        model.to(device), load_device=device, offload_device=device
+    )
 
 
 def latent(name: str, batch: int = 1, seed: int = 0) -> torch.Tensor:
