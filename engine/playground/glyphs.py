@@ -1,7 +1,7 @@
-"""The playground's pictures: drawn letters with captions, the styles a LoRA can learn, their scores.
+"""The playground's pictures: drawn letters, the styles that a LoRA can learn, their scores.
 
-A picture is float32 (32, 32, 3) in [0, 1]. Latents are a rearrangement of its pixels: 2 x 2 pixels of
-(red, green, blue, luma) fill FLUX's 16 channels, scaled as FLUX's own VAE latents are, so that
+A picture is float32 (32, 32, 3) in [0, 1]. Latents are a rearrangement of its pixels: 2 x 2 pixels
+of (red, green, blue, luma) fill FLUX's 16 channels, scaled as FLUX's own VAE latents are, so that
 ComfyUI's FLUX classes take them as they are.
 """
 
@@ -38,7 +38,10 @@ SLANT = 0.40  # horizontal shift per unit of height
 CHECKER_PIXELS = 2
 
 LUMA = (0.299, 0.587, 0.114)  # Rec. 601
-LATENT_SCALE, LATENT_SHIFT = 0.3611, 0.1159  # of FLUX's autoencoder, as ComfyUI's latent_formats.Flux
+LATENT_SCALE, LATENT_SHIFT = (
+    0.3611,
+    0.1159,
+)  # of FLUX's autoencoder, as ComfyUI's latent_formats.Flux
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,7 +104,7 @@ def render(glyph: Glyph) -> np.ndarray:
 
 
 def coverage(glyph: Glyph, stroke: float = 0.0) -> np.ndarray:
-    """How much of each pixel the letter covers, float32 (32, 32); `stroke` pixels of outline added."""
+    """How much of each pixel the letter covers (32, 32), with `stroke` pixels of outline added."""
     scale = OVERSAMPLING
     canvas = Image.new("L", (SIZE * scale, SIZE * scale), 0)
     ImageDraw.Draw(canvas).text(
@@ -145,7 +148,7 @@ def encode(pictures: Tensor) -> Tensor:
 
 
 def decode(latents: Tensor) -> Tensor:
-    """The inverse of `encode`: latents (B, 16, h, w) as pictures (B, 2h, 2w, 3) clipped to [0, 1]."""
+    """The inverse of `encode`: latents (B, 16, h, w) as pictures (B, 2h, 2w, 3) in [0, 1]."""
     packed = (latents.float() - LATENT_SHIFT) * LATENT_SCALE
     planes = rearrange(packed, "b (c ph pw) h w -> b (h ph) (w pw) c", c=4, ph=2, pw=2)
     return ((planes[..., :3] + 1) / 2).clamp(0, 1)
@@ -157,7 +160,7 @@ def pictures_of(glyphs: Sequence[Glyph]) -> Tensor:
 
 
 def recognise(picture: np.ndarray) -> tuple[str, float]:
-    """The letter a picture shows and how well it fits: best normalised correlation over templates."""
+    """The letter a picture shows, and its fit: best normalised correlation over templates."""
     ink = _ink(picture)
     ink = (ink - ink.mean()) / max(float(ink.std()), 1e-6)
     spectrum = np.fft.rfft2(ink)
@@ -175,8 +178,14 @@ def _templates() -> tuple[list[str], np.ndarray]:
         for font in FONTS:
             for height in (25.5, 27.0, 28.5):
                 for style in ("plain", "slanted"):
-                    glyph = Glyph(letter=letter, font=font, colour="white", height=height,
-                                  centre=(SIZE / 2, SIZE / 2), style=style)
+                    glyph = Glyph(
+                        letter=letter,
+                        font=font,
+                        colour="white",
+                        height=height,
+                        centre=(SIZE / 2, SIZE / 2),
+                        style=style,
+                    )
                     mask = coverage(glyph)
                     mask = (mask - mask.mean()) / mask.std()
                     letters.append(letter)
@@ -190,7 +199,7 @@ def _ink(picture: np.ndarray) -> np.ndarray:
 
 
 def style_score(style: str, picture: np.ndarray, letter: str) -> float:
-    """How much of `style` a picture of `letter` shows: about 0 for plain glyphs, about 1 for the style's own."""
+    """How much of `style` a picture of `letter` shows: near 0 for plain glyphs, near 1 for its own."""
     return {"outlined": _outline, "slanted": _slant, "checkered": _checker}[style](picture, letter)
 
 
@@ -221,8 +230,10 @@ def _shear(ink: np.ndarray) -> float:
 @functools.lru_cache(maxsize=len(LETTERS))
 def _upright_shear(letter: str) -> float:
     centre = (SIZE / 2, SIZE / 2)
-    glyphs = [Glyph(letter=letter, font=font, colour="white", height=27.0, centre=centre)
-              for font in FONTS]
+    glyphs = [
+        Glyph(letter=letter, font=font, colour="white", height=27.0, centre=centre)
+        for font in FONTS
+    ]
     return float(np.mean([_shear(coverage(glyph)) for glyph in glyphs]))
 
 

@@ -1,4 +1,4 @@
-"""A small FLUX (Black Forest Labs, 2024) in plain torch, with the state-dict names of ComfyUI's class.
+"""A small FLUX (Black Forest Labs, 2024) in plain torch, with the names of ComfyUI's class.
 
     image tokens + text tokens -> double-stream blocks -> single-stream blocks -> velocity
 

@@ -1,6 +1,6 @@
 """Makes the playground's weights: `python -m comfyui_braid.engine.playground.pretrain`.
 
-Rectified-flow training on plain glyphs, captions dropped 10 % of the time for guidance, weights averaged.
+Rectified-flow training on plain glyphs; captions dropped 10 % of the time, weights averaged.
 """
 
 import argparse
@@ -46,8 +46,13 @@ def make_pool(count: int, generator: np.random.Generator) -> tuple[Tensor, Tenso
     return latents, torch.from_numpy(letters)
 
 
-def velocity_loss(model, latents: Tensor, letters: Tensor, captions: tuple[Tensor, Tensor],
-                  generator: torch.Generator) -> Tensor:
+def velocity_loss(
+    model,
+    latents: Tensor,
+    letters: Tensor,
+    captions: tuple[Tensor, Tensor],
+    generator: torch.Generator,
+) -> Tensor:
     """Mean squared error of the velocity at logit-normal times (arXiv 2403.03206)."""
     count = len(latents)
     t = torch.sigmoid(torch.randn(count, generator=generator))
@@ -65,21 +70,25 @@ def accuracy(model: Flux, seed: int, repeats: int = 3) -> float:
     """Share of samples in which the letter asked for is recognised."""
     letters = LETTERS * repeats
     pictures = decode(sample(model, letters, seed=seed)).numpy()
-    return float(np.mean([recognise(p)[0] == asked for p, asked in
-                          zip(pictures, letters, strict=True)]))
+    return float(
+        np.mean([recognise(p)[0] == asked for p, asked in zip(pictures, letters, strict=True)])
+    )
 
 
-def pretrain(steps: int, batch: int, learning_rate: float, seed: int, out: Path,
-             pool: int, report_every: int) -> None:
+def pretrain(
+    steps: int, batch: int, learning_rate: float, seed: int, out: Path, pool: int, report_every: int
+) -> None:
     torch.manual_seed(seed)
     numpy_generator = np.random.default_rng(seed)
     generator = torch.Generator().manual_seed(seed)
     model = Flux()
     average = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.99),
-                                  weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: learning_rate_factor(step, steps))
+        optimizer, lambda step: learning_rate_factor(step, steps)
+    )
     captions = embed_letters([*LETTERS, ""])
     latents, letters = make_pool(pool, numpy_generator)
     smooth, started = math.nan, time.perf_counter()
@@ -100,12 +109,24 @@ def pretrain(steps: int, batch: int, learning_rate: float, seed: int, out: Path,
             averaged.load_state_dict(average)
             right = accuracy(averaged.eval(), seed=step)
             minutes = (time.perf_counter() - started) / 60
-            record = {"script": "engine/playground/pretrain.py", "steps": step, "of": steps,
-                      "batch": batch, "learning_rate": learning_rate, "seed": seed, "pool": pool,
-                      "loss": round(smooth, 5), "recognised": right,
-                      "minutes": round(minutes, 1), "torch": torch.__version__}
-            write_safetensors(out, {k: v.to(torch.bfloat16) for k, v in average.items()},
-                              {"record": json.dumps(record), "format": "pt"})
+            record = {
+                "script": "engine/playground/pretrain.py",
+                "steps": step,
+                "of": steps,
+                "batch": batch,
+                "learning_rate": learning_rate,
+                "seed": seed,
+                "pool": pool,
+                "loss": round(smooth, 5),
+                "recognised": right,
+                "minutes": round(minutes, 1),
+                "torch": torch.__version__,
+            }
+            write_safetensors(
+                out,
+                {k: v.to(torch.bfloat16) for k, v in average.items()},
+                {"record": json.dumps(record), "format": "pt"},
+            )
             print(json.dumps(record), flush=True)
 
 
@@ -119,8 +140,15 @@ def main() -> None:
     parser.add_argument("--report-every", type=int, default=500)
     parser.add_argument("--out", type=Path, default=WEIGHTS)
     arguments = parser.parse_args()
-    pretrain(arguments.steps, arguments.batch, arguments.learning_rate, arguments.seed,
-             arguments.out, arguments.pool, arguments.report_every)
+    pretrain(
+        arguments.steps,
+        arguments.batch,
+        arguments.learning_rate,
+        arguments.seed,
+        arguments.out,
+        arguments.pool,
+        arguments.report_every,
+    )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,9 @@ Velocity = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @torch.no_grad()
-def sample(model: Velocity, letters: str, *, seed: int, steps: int = 20, cfg: float = 2.0) -> Tensor:
+def sample(
+    model: Velocity, letters: str, *, seed: int, steps: int = 20, cfg: float = 2.0
+) -> Tensor:
     """One picture per letter, as latents (len(letters), 16, 16, 16) in the scale of FLUX's VAE.
 
     Euler steps over evenly spaced t from 1 to 0, with classifier-free guidance.
