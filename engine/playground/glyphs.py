@@ -199,7 +199,7 @@ def _ink(picture: np.ndarray) -> np.ndarray:
 
 
 def style_score(style: str, picture: np.ndarray, letter: str) -> float:
-    """How much of `style` a picture of `letter` shows: near 0 for plain ones, near 1 for its own."""
+    """How much of `style` a picture shows: near 0 for plain letters, near 1 for its own."""
     return {"outlined": _outline, "slanted": _slant, "checkered": _checker}[style](picture, letter)
 
 

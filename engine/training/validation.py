@@ -71,7 +71,7 @@ class Validator:
 
 
 def loss_per_bin(pairs: Sequence[tuple[float, float]], bins: int = BINS) -> tuple[float, ...]:
-    """Mean loss of (t, loss) pairs in equal bins of t in [0, 1]; NaN where one is empty."""
+    """Mean loss of (t, loss) pairs in equal bins of t; NaN where a bin is empty."""
     sums, counts = [0.0] * bins, [0] * bins
     for t, loss in pairs:
         index = min(int(t * bins), bins - 1)

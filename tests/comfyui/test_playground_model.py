@@ -9,7 +9,9 @@ from comfyui_braid.engine.playground.model import Flux
 def test_our_plain_flux_equals_comfyuis_flux_with_the_same_weights(seed):
     torch.manual_seed(seed)
     ours = Flux().eval()
-    state = {name: value + 0.02 * torch.randn_like(value) for name, value in ours.state_dict().items()}
+    state = {
+        name: value + 0.02 * torch.randn_like(value) for name, value in ours.state_dict().items()
+    }
     ours.load_state_dict(state)
     patcher = comfy.sd.load_diffusion_model_state_dict({k: v.clone() for k, v in state.items()})
     x, t = torch.randn(3, 16, 16, 16), torch.rand(3)
