@@ -46,8 +46,7 @@ def test_cancel_rises_after_the_step_it_interrupts_was_seen_and_closes_the_steps
 
     def steps():
         try:
-            for n in range(10):
-                yield n
+            yield from range(10)
         finally:
             closed.append(True)
 
