@@ -1,8 +1,8 @@
 """Exact gradient checkpointing over blocks that change their inputs in place.
 
-A checkpointed block keeps only its inputs and is run a second time in backward. ComfyUI's blocks add
-to their residual stream in place and return it, which torch's own checkpointing answers with wrong
-gradients, in silence. Here the block always works on clones, in forward and again in backward, so
+A checkpointed block keeps only its inputs and is run a second time in backward. ComfyUI's blocks
+add to their residual stream in place and return it, which torch's own checkpointing answers with
+wrong gradients, in silence. Here the block always works on clones, in forward and again in backward, so
 that what was saved stays what it was, and autograd still checks that nobody else has changed it.
 
 Adapters are reached through the block's own modules: their gradients are accumulated by the
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .frozen import forward_replaced
+from .inplace import differentiates, guarded
 
 Rebuild = Callable[[Sequence[Tensor]], Any]
 """Puts tensors back into the structure they were taken from."""
@@ -31,8 +32,8 @@ def checkpointed(model: nn.Module) -> Iterator[int]:
     running = _Running()
     with ExitStack() as undo:
         for block in blocks:
-            forward = _checkpointing_forward(block, block.forward, running)
-            undo.enter_context(forward_replaced(block, forward))
+            checkpointing = _Block(block, block.forward, running)
+            undo.enter_context(forward_replaced(block, checkpointing))
         yield len(blocks)
 
 
@@ -59,63 +60,65 @@ class _Running:
 
     inside: bool = False
 
-    @contextmanager
-    def block(self) -> Iterator[None]:
-        before, self.inside = self.inside, True
-        try:
-            yield
-        finally:
-            self.inside = before
 
+@dataclass(slots=True)
+class _Block:
+    """The checkpointing forward of one block."""
 
-def _checkpointing_forward(
-    block: nn.Module, forward: Callable[..., Any], running: _Running
-) -> Callable[..., Any]:
-    def checkpointing_forward(*args: Any, **kwargs: Any) -> Any:
-        if running.inside or not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
+    module: nn.Module
+    forward: Callable[..., Any]
+    running: _Running
+    proven: bool = False
+    """Whether plain autograd was seen to walk back through it."""
+    guarded: bool = False
+    """Whether plain autograd was seen not to: the block changes in place what it has saved."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.running.inside or not torch.is_grad_enabled():
+            return self.forward(*args, **kwargs)
         tensors: list[Tensor] = []
         rebuild = _flatten((args, kwargs), tensors)
-        if not any(tensor.requires_grad for tensor in tensors) and not _has_hooks(block):
-            return forward(*args, **kwargs)  # before the first adapter: nothing to track
+        if not any(tensor.requires_grad for tensor in tensors) and not self._has_hooks():
+            return self.forward(*args, **kwargs)  # before the first adapter: nothing to track
+        call = _Call(self, rebuild)
+        outputs = _Checkpoint.apply(torch.empty(0, requires_grad=True), call, *tensors)
+        return call.rebuild_outputs(outputs)
 
-        def run(inputs: Sequence[Tensor]) -> Any:
-            args, kwargs = rebuild(inputs)
-            with running.block():
-                return forward(*args, **kwargs)
-
-        outputs = _Outputs()
-        flat = _Checkpoint.apply(torch.empty(0, requires_grad=True), run, outputs, *tensors)
-        return outputs.rebuild(flat)
-
-    return checkpointing_forward
-
-
-def _has_hooks(block: nn.Module) -> bool:
-    """Whether anything, such as an adapter, hangs on a module of `block`."""
-    return any(module._forward_hooks for module in block.modules())
+    def _has_hooks(self) -> bool:
+        """Whether anything, such as an adapter, hangs on a part of the block."""
+        return any(module._forward_hooks for module in self.module.modules())
 
 
 @dataclass(slots=True)
-class _Outputs:
-    """How to put a block's output tensors back into the structure that it returned."""
+class _Call:
+    """One use of a block in a forward pass."""
 
-    rebuild: Rebuild = tuple
+    block: _Block
+    rebuild_inputs: Rebuild
+    rebuild_outputs: Rebuild = tuple
+
+    def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The block's outputs for its inputs `tensors`, which may be changed in place."""
+        args, kwargs = self.rebuild_inputs(tensors)
+        running, results = self.block.running, []
+        before, running.inside = running.inside, True
+        try:
+            self.rebuild_outputs = _flatten(self.block.forward(*args, **kwargs), results)
+        finally:
+            running.inside = before
+        return results
 
 
 class _Checkpoint(torch.autograd.Function):
-    """One block. The first input only makes the outputs require a gradient."""
+    """A call without its graph. The first input only makes the outputs require a gradient."""
 
     @staticmethod
-    def forward(
-        ctx, anchor: Tensor, run: Callable[..., Any], outputs: _Outputs, *tensors: Tensor
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx, anchor: Tensor, call: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)  # an output nobody used must not give its parts zeros
-        ctx.run = run
+        ctx.call = call
         ctx.rng = _RandomState.of(tensors)
         ctx.save_for_backward(*tensors)
-        results: list[Tensor] = []
-        outputs.rebuild = _flatten(run([tensor.clone() for tensor in tensors]), results)
+        results = call.run([tensor.clone() for tensor in tensors])
         # a view made in here could not be changed in place out there
         results = [result.clone() if result._is_view() else result for result in results]
         ctx.mark_non_differentiable(*[r for r in results if not r.is_floating_point()])
@@ -124,22 +127,37 @@ class _Checkpoint(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[3:]
-        leaves = [
-            tensor.detach().requires_grad_(needs)
-            for tensor, needs in zip(ctx.saved_tensors, needed, strict=True)
+        inputs = [
+            tensor.detach().requires_grad_(needed)
+            for tensor, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[2:], strict=True)
         ]
-        results: list[Tensor] = []
-        with torch.enable_grad(), ctx.rng.restored():
-            _flatten(ctx.run([leaf.clone() for leaf in leaves]), results)
-        pairs = [
-            (result, grad)
-            for result, grad in zip(results, grads, strict=True)
-            if grad is not None and result.requires_grad
-        ]
-        if pairs:
-            torch.autograd.backward(*zip(*pairs, strict=True))
-        return None, None, None, *(leaf.grad for leaf in leaves)
+
+        def outputs() -> list[Tensor]:
+            with torch.enable_grad(), ctx.rng.restored():
+                return ctx.call.run([tensor.clone() for tensor in inputs])
+
+        block = ctx.call.block
+        if not block.guarded:
+            results = outputs()
+            block.proven = block.proven or differentiates(results)
+            block.guarded = not block.proven
+        if block.guarded:
+            with guarded():
+                _accumulate(outputs(), grads)
+        else:
+            _accumulate(results, grads)
+        return None, None, *(tensor.grad for tensor in inputs)
+
+
+def _accumulate(outputs: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+    """The backward pass of one block, down to its inputs and to the adapters in it."""
+    pairs = [
+        (output, grad)
+        for output, grad in zip(outputs, grads, strict=True)
+        if grad is not None and output.requires_grad
+    ]
+    if pairs:
+        torch.autograd.backward(*zip(*pairs, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,8 +195,8 @@ def _module_of(device: torch.device) -> Any:
 def _flatten(value: Any, tensors: list[Tensor]) -> Rebuild:
     """Append the tensors in `value` to `tensors`; returns what rebuilds `value` around others.
 
-    Looks into tuples, lists, dicts and small objects that hold tensors (FLUX's modulation). Anything
-    else is passed on as it is, but a dict is copied: models go on writing into the
+    Looks into tuples, lists, dicts and small objects that hold tensors (FLUX's modulation).
+    Anything else is passed on as it is, but a dict is copied: models go on writing into the
     `transformer_options` they hand to each block.
     """
     if isinstance(value, Tensor):

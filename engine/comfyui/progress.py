@@ -1,4 +1,4 @@
-"""Shows any iterator of steps to the host: its progress bar, its preview picture, its cancel button.
+"""Shows any iterator of steps to the host: progress bar, preview picture, cancel button.
 
 for step in reported(train(...), total=plan.steps, picture=lambda step: curve.draw()):
     losses.append(step.loss)
@@ -23,8 +23,8 @@ def reported(
 ) -> Iterator[Step]:
     """Yield every step, then show it as done; `total` is the number of steps expected.
 
-    `picture` draws the node's preview from the last step (None: leave the shown one); it is asked at
-    most every `picture_every_s` seconds, and after the last expected step.
+    `picture` draws the node's preview from the last step (None: leave the shown one); it is asked
+    at most every `picture_every_s` seconds, and after the last expected step.
 
     When the user cancels, `comfy.model_management.InterruptProcessingException` rises from the
     caller's `for` *after* the caller has seen every step that was done: catch it outside, save what
