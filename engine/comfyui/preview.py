@@ -11,12 +11,12 @@ import comfy.sample
 import comfy.samplers
 import numpy as np
 import torch
-from comfy.model_patcher import ModelPatcher
 from PIL import Image
 
 from ..files import replaced_when_whole
 from ..training.loop import TrainingRun, TrainingStep
 from ..training.options import Preview
+from .denoiser import ComfyDenoiser
 
 logger = logging.getLogger("comfyui_braid.training")
 
@@ -26,10 +26,14 @@ class PreviewSampling:
     """How a preview is sampled: objects of the host, as its sampler nodes take them."""
 
     latent: dict[str, Any]
-    positive: list
+    positive: list | None
+    """None: that of the first training item."""
     negative: list | None
-    sampler: Any
-    sigmas: torch.Tensor
+    sampler: Any | None
+    """None: euler."""
+    sigmas: torch.Tensor | None
+    """None: the simple schedule of `steps`."""
+    steps: int
     cfg: float
     seed: int
     vae: Any | None
@@ -39,13 +43,14 @@ class Previewer:
     """Samples the model as it is, shows the picture, saves it, gives everything back."""
 
     def __init__(
-        self, preview: Preview, patcher: ModelPatcher, denoiser: Any, folder: Path
+        self, preview: Preview, denoiser: ComfyDenoiser, default_positive: list, folder: Path
     ) -> None:
         self.every_n_steps = preview.every_n_steps
         self.last: np.ndarray | None = None
         """(H, W, 3) in [0, 1]."""
         self._sampling: PreviewSampling = preview.sampling
-        self._patcher = patcher
+        self._patcher = denoiser.patcher
+        self._default_positive = default_positive
         self._denoiser = denoiser
         self._folder = folder
 
@@ -71,13 +76,24 @@ class Previewer:
         samples = comfy.sample.fix_empty_latent_channels(self._patcher, sampling.latent["samples"])
         noise = comfy.sample.prepare_noise(samples, sampling.seed, None)
         guider = comfy.samplers.CFGGuider(self._patcher)
-        negative = sampling.negative if sampling.negative is not None else sampling.positive
-        guider.set_conds(sampling.positive, negative)
-        guider.set_cfg(sampling.cfg if sampling.negative is not None else 1.0)
+        positive = sampling.positive or self._default_positive
+        guider.set_conds(positive, sampling.negative or positive)
+        guider.set_cfg(sampling.cfg if sampling.negative else 1.0)
         latents = guider.sample(
-            noise, samples, sampling.sampler, sampling.sigmas, disable_pbar=True, seed=sampling.seed
+            noise,
+            samples,
+            sampling.sampler or comfy.samplers.sampler_object("euler"),
+            self._sigmas(),
+            disable_pbar=True,
+            seed=sampling.seed,
         )
         return self._pictures(latents)[0].float().clamp(0, 1).cpu().numpy()
+
+    def _sigmas(self) -> torch.Tensor:
+        if self._sampling.sigmas is not None:
+            return self._sampling.sigmas
+        model_sampling = self._patcher.get_model_object("model_sampling")
+        return comfy.samplers.calculate_sigmas(model_sampling, "simple", self._sampling.steps)
 
     def _pictures(self, latents: torch.Tensor) -> torch.Tensor:
         """(B, H, W, 3) in [0, 1]: the VAE's, or the host's cheap approximation of them."""

@@ -179,7 +179,7 @@ def _with_options(
         steps = validated(steps, run, _build_validator(training, denoiser))
     steps = saved(steps, run, saver)
     if options.preview:
-        previewer = Previewer(options.preview, denoiser.patcher, denoiser, saver.folder)
+        previewer = Previewer(options.preview, denoiser, training.pairs[0][1], saver.folder)
         steps = previewed(steps, run, previewer)
     if options.log:
         logs = open_logs(options.log, _public(report), run.optimization.group_names)
