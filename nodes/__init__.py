@@ -3,9 +3,9 @@
 from comfy_api.latest import ComfyExtension, io
 from typing_extensions import override
 
-from . import live, playground
+from . import live, network, playground
 
-NODES: list[type[io.ComfyNode]] = [*playground.NODES]
+NODES: list[type[io.ComfyNode]] = [*network.NODES, *playground.NODES]
 """Every node of the pack, in menu order."""
 
 
