@@ -3,9 +3,11 @@
 from comfy_api.latest import ComfyExtension, io
 from typing_extensions import override
 
-from . import live, playground, training, training_options
+from . import live, network, playground, timesteps, training, training_options
 
 NODES: list[type[io.ComfyNode]] = [
+    *network.NODES,
+    *timesteps.NODES,
     *training.NODES,
     *training_options.NODES,
     *playground.NODES,
