@@ -1,4 +1,4 @@
-"""What the denoiser tests share: FP8 twins of the tiny models, a network on all layers, one step."""
+"""What the denoiser tests share: FP8 twins of the tiny models, networks, one step."""
 
 import json
 from contextlib import contextmanager
@@ -67,7 +67,9 @@ def training(patcher, everything: bool = False, dtype=torch.float32, spec=None, 
 
 def batch(denoiser, name: str, size: int = 2, tokens: int = 6, dtype=torch.float32):
     """(latents, noise, t, conditioning) of a small training batch."""
-    items = [denoiser.prepare(latent(name, 1, i), conditioning(name, i, tokens)) for i in range(size)]
+    items = [
+        denoiser.prepare(latent(name, 1, i), conditioning(name, i, tokens)) for i in range(size)
+    ]
     latents = torch.cat([latents for latents, _ in items]).to(dtype)
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(9)).to(dtype)
     t = torch.tensor([0.7, 0.31, 0.52, 0.9][:size])

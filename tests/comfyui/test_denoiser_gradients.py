@@ -72,9 +72,10 @@ def test_gradients_agree_with_finite_differences_in_float64(name, checkpointing)
         for module in patcher.model.modules()
         if isinstance(module, comfy.ldm.flux.layers.EmbedND)  # else rope is rounded to float32
     ]
-    with training(
-        patcher, dtype=torch.float64, gradient_checkpointing=checkpointing
-    ) as (denoiser, network):
+    with training(patcher, dtype=torch.float64, gradient_checkpointing=checkpointing) as (
+        denoiser,
+        network,
+    ):
         network.double()
         data = batch(denoiser, name, dtype=torch.float64)
         loss_of(denoiser, *data).backward()
@@ -119,17 +120,13 @@ def test_weights_made_under_inference_mode_give_the_same_gradients_inside_the_ex
 @pytest.mark.parametrize("name", TRANSFORMERS)
 @pytest.mark.parametrize("weights", ["bf16", "fp8"])
 @pytest.mark.parametrize("inference", [False, True], ids=["normal", "inference"])
-def test_low_precision_bases_differentiate_with_and_without_checkpointing(
-    name, weights, inference
-):
+def test_low_precision_bases_differentiate_with_and_without_checkpointing(name, weights, inference):
     found = []
     for checkpointing in (False, True):
         with torch.inference_mode(inference):
             patcher = build(name, torch.bfloat16) if weights == "bf16" else build_fp8(name)
             found.append(
-                gradients(
-                    patcher, name, dtype=torch.bfloat16, gradient_checkpointing=checkpointing
-                )
+                gradients(patcher, name, dtype=torch.bfloat16, gradient_checkpointing=checkpointing)
             )
     assert relative_error(found[1], found[0]) < 1e-5
     assert all(g is None or torch.isfinite(g).all() for g in found[0].values())
