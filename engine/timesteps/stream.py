@@ -76,11 +76,8 @@ class TimestepStream:
         index = np.asarray(items, dtype=np.int64)
         visits = self._visits[index]
         self._visits[index] += 1
-        epochs = set(visits.tolist())
-        if len(epochs) == 1:
-            return torch.from_numpy(self._pool(epochs.pop())[index])
         u = np.empty(len(index))
-        for epoch in epochs:
+        for epoch in np.unique(visits).tolist():
             now = visits == epoch
             u[now] = self._pool(epoch)[index[now]]
         return torch.from_numpy(u)
