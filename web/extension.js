@@ -15,6 +15,7 @@ const CHARTS = {
 };
 
 const WIDGET = "braid_live";
+const LEAST_WIDTH = 380;
 
 /** POST /braid/live/<noun>; the answer is the JSON that draw() takes. */
 async function ask(noun, body) {
@@ -40,6 +41,9 @@ function addChart(node, { noun, draw, height }) {
     getValue: () => "",
   });
   widget.serialize = false;
+  panel.element.style.minHeight = `${height}px`;
+  const [width, tall] = node.computeSize();
+  node.setSize([Math.max(node.size[0], width, LEAST_WIDTH), Math.max(node.size[1], tall)]);
 
   const { onAdded, onRemoved, onExecuted } = node;
   node.onAdded = function (...args) {

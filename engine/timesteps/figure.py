@@ -176,10 +176,10 @@ def subtitle(preview: Preview) -> str:
     """The statistics a reader compares first."""
     numbers: dict[str, Any] = preview.statistics
     text = (
-        f"mean {numbers['mean']:.3f}   std {numbers['std']:.3f}   "
-        f"80 % of the draws in {numbers['deciles'][0]:.3f} – {numbers['deciles'][8]:.3f}"
+        f"mean {numbers['mean']:.3f} · std {numbers['std']:.3f} · "
+        f"80 % of draws in {numbers['deciles'][0]:.3f}–{numbers['deciles'][8]:.3f}"
     )
     if numbers["acceptance_rate"] < 1.0:
-        text += f"   {100 * numbers['acceptance_rate']:.3g} % of the whole shape kept"
+        text += f" · {100 * numbers['acceptance_rate']:.3g} % of the shape kept"
     buckets = preview.settings.sampling.num_timestep_buckets
-    return text + (f"   {buckets} buckets" if buckets >= 2 else "")
+    return text + (f" · {buckets} buckets" if buckets >= 2 else "")

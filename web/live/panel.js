@@ -4,8 +4,8 @@
 const LOOK_EVERY_MS = 100;
 
 const STYLE = `
-  .braid-live { width: 100%; height: 100%; min-height: 0; overflow: hidden; box-sizing: border-box;
-    display: flex; border-radius: 6px; background: var(--comfy-input-bg, #222);
+  .braid-live { width: 100%; height: 100%; overflow: hidden; box-sizing: border-box; display: flex;
+    border-radius: 6px; background: color-mix(in srgb, var(--input-text, #ddd) 5%, transparent);
     color: var(--input-text, #ddd); font: 11px/1.35 var(--font-inter, Inter, Arial, sans-serif); }
   .braid-live > svg { flex: 1; min-width: 0; display: block; }
   .braid-live > p { margin: auto; padding: 12px 16px; text-align: center; max-width: 44em;

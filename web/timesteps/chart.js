@@ -3,9 +3,11 @@
 
 import { COLOURS, label, path, svg, ticks } from "../live/svg.js";
 
-const MARGIN = { left: 34, right: 14, top: 62, bottom: 32 };
+const MARGIN = { left: 34, right: 14, top: 60, bottom: 32 };
+const LEGEND_LINE = 14;
 const LOG_SNR = [8, 4, 2, 0, -2, -4, -8];
-const LOSS_SHARE = 0.27;
+const LOSS_SHARE = 0.34;
+const LOSS_GAP = 20;
 
 /**
  * @param {any} answer chart_json of nodes/timesteps.py
@@ -13,21 +15,23 @@ const LOSS_SHARE = 0.27;
  */
 export function draw(answer, { width, height }) {
   const root = svg("svg", { viewBox: `0 0 ${width} ${height}`, class: "braid-timesteps" });
+  const entries = legend(answer);
+  const roof = MARGIN.top + (entries.length ? LEGEND_LINE : 0);
   const bottom = height - MARGIN.bottom;
-  const split = answer.run ? bottom - LOSS_SHARE * (bottom - MARGIN.top) : bottom;
+  const split = answer.run ? bottom - LOSS_SHARE * (bottom - roof) : bottom;
   const x = (t) => MARGIN.left + t * (width - MARGIN.left - MARGIN.right);
   const top = highest(answer);
-  const y = (value) => split - (Math.min(value, top) / top) * (split - MARGIN.top);
+  const y = (value) => split - (Math.min(value, top) / top) * (split - roof);
   root.append(
     label(MARGIN.left, 17, answer.title, { fill: COLOURS.ink, size: 12, weight: 600 }),
     label(MARGIN.left, 31, answer.subtitle, { size: 9.5 }),
-    ...outside(answer.range, x, MARGIN.top, bottom),
-    ...axes(x, y, top, split, bottom),
+    ...entries,
+    ...outside(answer.range, x, roof, bottom),
+    ...axes(x, y, top, { roof, split, bottom }),
     ...bars(answer, x, y, split),
     ...curves(answer, x, y),
-    ...legend(answer, width),
   );
-  if (answer.run) root.append(...lossPanel(answer, x, split + 12, bottom));
+  if (answer.run) root.append(...lossPanel(answer, x, split + LOSS_GAP, bottom));
   return root;
 }
 
@@ -52,7 +56,7 @@ function outside([low, high], x, top, bottom) {
     );
 }
 
-function axes(x, y, top, split, bottom) {
+function axes(x, y, top, { roof, split, bottom }) {
   const line = (x1, y1, x2, y2) => svg("line", { x1, y1, x2, y2, stroke: COLOURS.grid });
   const t = [0, 0.2, 0.4, 0.6, 0.8, 1];
   const shown = LOG_SNR.filter((snr) => x(1) - x(0) > 300 || Math.abs(snr) < 8);
@@ -62,7 +66,7 @@ function axes(x, y, top, split, bottom) {
       label(x(0) - 5, y(value) + 3, String(+value.toPrecision(3)), { anchor: "end", size: 9 }),
     ]),
     ...t.flatMap((value) => [
-      line(x(value), MARGIN.top, x(value), bottom),
+      line(x(value), roof, x(value), bottom),
       label(x(value), bottom + 12, value.toFixed(1), { anchor: "middle", size: 9 }),
     ]),
     label(x(0.5), bottom + 25, "noise level t   (1 = pure noise)", { anchor: "middle", size: 9.5 }),
@@ -70,8 +74,8 @@ function axes(x, y, top, split, bottom) {
       const at = x(1 / (1 + Math.exp(snr / 2)));
       const text = snr === 0 ? "log-SNR 0" : `${snr > 0 ? "+" : "−"}${Math.abs(snr)}`;
       return [
-        svg("line", { x1: at, y1: MARGIN.top - 4, x2: at, y2: MARGIN.top, stroke: COLOURS.faint }),
-        label(at, MARGIN.top - 7, text, { anchor: "middle", size: 9 }),
+        svg("line", { x1: at, y1: roof - 4, x2: at, y2: roof, stroke: COLOURS.faint }),
+        label(at, roof - 7, text, { anchor: "middle", size: 9 }),
       ];
     }),
     svg("line", { x1: x(0), y1: split, x2: x(1), y2: split, stroke: COLOURS.faint }),
@@ -115,17 +119,16 @@ function curves({ t, density, effective, statistics, run }, x, y) {
   return lines;
 }
 
-function legend({ effective, run }, width) {
+function legend({ effective, run }) {
   const entries = [
-    ["density", COLOURS.line],
-    effective && ["× loss weight", COLOURS.second],
-    run && [`run, ${run.samples} draws`, COLOURS.third],
+    effective && ["density", COLOURS.line],
+    effective && ["density × loss weight", COLOURS.second],
+    run && [`drawn by the run (${run.samples})`, COLOURS.third],
   ].filter(Boolean);
-  if (entries.length === 1) return [];
-  let right = width - MARGIN.right;
-  return entries.reverse().flatMap(([text, fill]) => {
-    const item = label(right, 17, text, { anchor: "end", fill, size: 10, weight: 600 });
-    right -= 6.1 * text.length + 10;
+  let left = MARGIN.left;
+  return entries.map(([text, fill]) => {
+    const item = label(left, 45, text, { fill, size: 9.5, weight: 600 });
+    left += 5.6 * text.length + 10;
     return item;
   });
 }
@@ -146,7 +149,7 @@ function lossPanel({ statistics, run }, x, top, bottom) {
   return [
     ...dots,
     svg("line", { x1: x(0), y1: bottom, x2: x(1), y2: bottom, stroke: COLOURS.faint }),
-    label(x(0) - 5, top + 7, most.toPrecision(2), { anchor: "end", size: 9 }),
-    label(x(0) + 4, top + 7, "loss of the run", { size: 9 }),
+    label(x(0) - 5, top + 6, most.toPrecision(2), { anchor: "end", size: 9 }),
+    label(x(0), top - 7, "loss of the run, mean ± standard error", { size: 9 }),
   ];
 }
