@@ -286,7 +286,7 @@ class BraidTimestepPreview(io.ComfyNode):
             outputs=[
                 io.Image.Output(
                     "image",
-                    tooltip="Density, drawn bins, loss weight and their product, over t and log-SNR",
+                    tooltip="Density, drawn bins, loss weight and product over t and log-SNR.",
                 ),
                 io.Histogram.Output("histogram", tooltip="Count of draws in each bin."),
                 io.String.Output(
