@@ -62,6 +62,14 @@ def add_routes() -> None:
     PromptServer.instance.routes.post("/braid/live/{noun}")(_answer)
 
 
+def say(node_id: str | None, text: str) -> None:
+    """Show one line of text at a running node."""
+    from server import PromptServer
+
+    if node_id is not None and hasattr(PromptServer, "instance"):
+        PromptServer.instance.send_progress_text(text, node_id)
+
+
 async def _answer(request: web.Request) -> web.Response:
     compute = LIVE.get(request.match_info["noun"])
     if compute is None:
