@@ -81,7 +81,7 @@ class Graph:
     groups: list[dict] = field(default_factory=list)
 
     def add(
-        self, kind: str, x: int, y: int, width: int = 320, height: int = 0, title: str = "", **given
+        self, kind: str, x: int, y: int, width: int = 320, height: int = 0, /, *, title="", **given
     ) -> "Node":
         """A node of type `kind` at (x, y); `given` are widget values or (Node, output) links.
 
