@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+
 from comfyui_braid.engine.timesteps.sampling import MODES, TimestepSampling
 from comfyui_braid.engine.timesteps.stream import TimestepStream
 from comfyui_braid.nodes.live import LIVE, parse_live_node
@@ -56,7 +57,7 @@ def test_every_field_and_output_has_a_tooltip():
         assert all(each.tooltip for each in [*fields, *schema.outputs])
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["sigma", "flux2_shift", "qinglong_flux"])
 def test_a_preview_shows_what_the_trainer_draws_with_that_seed(mode):
     sampling = sampling_of(mode)
     image, histogram, statistics = BraidTimestepPreview.execute(sampling, **PREVIEW).result
