@@ -1,18 +1,18 @@
-"""The adapter files of one run, in the order they were trained."""
+"""The adapter files of one run, in the order they were trained, and an adapter held in memory."""
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from .files import SafetensorsHeader, read_header
 
 SHADOWS_SUFFIX = "-shadows.safetensors"
 """How the file with the EMA shadows of a run ends: `<run>-shadows.safetensors`."""
 
-_STEP_IN_NAME = re.compile(
-    r"-step(\d+)$|_(\d+)_steps(_|$)"
-)  # musubi and kohya; ComfyUI's Save LoRA
+_STEP_IN_NAME = re.compile(r"-step(\d+)$|_(\d+)_steps(_|$)")  # musubi; ComfyUI's Save LoRA
 _EPOCH_IN_NAME = re.compile(r"-(\d{6})$")  # musubi and kohya
 
 
@@ -32,6 +32,18 @@ class Checkpoints:
     files: tuple[Checkpoint, ...]
     shadows: Path | None = None
     """The EMA shadow file of the run, when it kept shadows."""
+
+
+class AdapterStateDict(dict[str, Tensor]):
+    """A LORA_MODEL: the tensors of an adapter file, which remember what made them.
+
+    To ComfyUI's own nodes it is the plain dict that they expect.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        super().__init__(tensors)
+        self.metadata = dict(metadata)
+        """What Braid's Save LoRA writes into the file."""
 
 
 def step_of(path: Path, metadata: Mapping[str, str]) -> int | None:
