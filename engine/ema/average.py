@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-from torch import Tensor
 
-from ..checkpoints import Checkpoints
+from ..checkpoints import AdapterStateDict, Checkpoints
 from ..files import sshs_hashes, write_safetensors
-from .merge import Merge, Progress, merged_tensors, prepare_merge, write_merged
+from .merge import Progress, merged_tensors, prepare_merge, write_merged
 from .one_run import check_one_run
 from .order import TrainedOrder, selected, trained_order
 from .product import average_products
@@ -64,7 +63,8 @@ class AveragePlan:
 class Average:
     """An averaged adapter."""
 
-    tensors: dict[str, Tensor]
+    lora: AdapterStateDict
+    """A LORA_MODEL with the metadata that its file has or would have, but for the hashes."""
     report: dict[str, Any]
     """That of the plan, and what the merge found."""
 
@@ -79,6 +79,16 @@ def plan_average(
     """Order the files, choose `first` to `last` (from 1; 0 = the newest) and weigh them."""
     order = selected(trained_order(checkpoints.files, sort), first, last)
     return plan_for_order(order, schedule)
+
+
+def equally_spaced(count: int) -> TrainedOrder:
+    """The order of a run whose files are not known yet."""
+    return TrainedOrder(
+        files=tuple(Path(f"checkpoint {i + 1}") for i in range(count)),
+        times=tuple(float(i + 1) for i in range(count)),
+        unit="files",
+        order_from="none, an example",
+    )
 
 
 def plan_for_order(order: TrainedOrder, schedule: Schedule) -> AveragePlan:
@@ -106,23 +116,20 @@ def averaged(
     report = plan.report() | {"space": space}
     if space == "product":
         product = yield from average_products(merge)
+        tensors, report["truncation_error"] = product.tensors, product.truncation_error
         if output:
-            _write(product.tensors, merge, output)
-        report["truncation_error"] = product.truncation_error
-        return Average(tensors=product.tensors, report=report)
-    report["cosines"] = check_one_run(merge.sources)
-    if output:
-        yield from write_merged(merge, output)
-        return Average(tensors=safetensors.torch.load_file(output), report=report)
-    tensors = yield from merged_tensors(merge)
-    return Average(tensors=tensors, report=report)
+            hashes = sshs_hashes(tensors, merge.metadata)
+            write_safetensors(output, tensors, merge.metadata | hashes)
+    else:
+        report["cosines"] = check_one_run(merge.sources)
+        if output:
+            yield from write_merged(merge, output)
+            tensors = safetensors.torch.load_file(output)
+        else:
+            tensors = yield from merged_tensors(merge)
+    return Average(lora=AdapterStateDict(tensors, merge.metadata), report=report)
 
 
 def report_json(report: dict[str, Any]) -> str:
     """A report as text for people and programs."""
     return json.dumps(report, indent=1)
-
-
-def _write(tensors: dict[str, Tensor], merge: Merge, output: Path) -> None:
-    metadata = merge.metadata
-    write_safetensors(output, tensors, metadata | sshs_hashes(tensors, metadata))

@@ -17,6 +17,7 @@ from .shadows import Reconstruction
 
 SIZE_INCHES, DPI = (8.0, 4.5), 128  # 1024 x 576 pixels
 BACKGROUND, INK, FAINT = "#1c1e24", "#e4e6eb", "#8b919e"
+CURVE_POINTS = 200
 WEIGHT, IDEAL, MARK = "#4cc2ff", "#ffb454", "#ff6b6b"
 MIN_LABEL_WIDTH = 0.045
 """Fraction of the axis that a bar must span for its percentage to fit."""
@@ -27,6 +28,16 @@ def cells(times: Sequence[float], windowed: bool) -> Floats:
     knots = np.asarray(times, dtype=np.float64)
     middles = (knots[:-1] + knots[1:]) / 2
     return np.concatenate([[knots[0] if windowed else 0.0], middles, [knots[-1]]])
+
+
+def ideal_curve(plan: AveragePlan, points: int = CURVE_POINTS) -> tuple[Floats, Floats] | None:
+    """(training time, density) of the profile that a plan asks for; None when it asks for none."""
+    sigma_rel = requested_sigma_rel(plan.schedule)
+    if sigma_rel is None:
+        return None
+    end = plan.order.times[-1]
+    time = np.linspace(0, end, points)
+    return time, power_profile(time, end, gamma_from_sigma_rel(sigma_rel))
 
 
 def draw_weights(plan: AveragePlan) -> Tensor:
@@ -40,8 +51,7 @@ def draw_weights(plan: AveragePlan) -> Tensor:
     widths = np.maximum(np.diff(borders), times[-1] * 1e-3)
     heights = weights / widths
     sigma_rel = requested_sigma_rel(plan.schedule)
-    if sigma_rel is not None:
-        _draw_profile(axes, sigma_rel, times[-1], float(heights.max()))
+    _draw_profile(axes, plan, float(heights.max()))
     axes.bar(
         borders[:-1],
         heights,
@@ -78,7 +88,7 @@ def draw_reconstruction(reconstruction: Reconstruction) -> Tensor:
     """Requested profile, the one that the shadows give, and the shadows; (1, H, W, 3)."""
     figure, axes = _canvas()
     end = float(reconstruction.end)
-    time = np.linspace(0, end, 600)
+    time = np.linspace(0, end, CURVE_POINTS)
     wanted = power_profile(time, end, gamma_from_sigma_rel(reconstruction.sigma_rel))
     for index, stored in enumerate(reconstruction.stored):
         profile = power_profile(time, end, gamma_from_sigma_rel(stored))
@@ -104,15 +114,16 @@ def draw_reconstruction(reconstruction: Reconstruction) -> Tensor:
     return _image(figure)
 
 
-def _draw_profile(axes: Axes, sigma_rel: float, end: float, tallest: float) -> None:
-    gamma = gamma_from_sigma_rel(sigma_rel)
-    time = np.linspace(0, end, 600)
-    profile = power_profile(time, end, gamma)
+def _draw_profile(axes: Axes, plan: AveragePlan, tallest: float) -> None:
+    curve, sigma_rel = ideal_curve(plan), requested_sigma_rel(plan.schedule)
+    if curve is None or sigma_rel is None:
+        return
+    time, profile = curve
     axes.fill_between(time, profile, color=IDEAL, alpha=0.22, linewidth=0)
     axes.plot(time, profile, color=IDEAL, linewidth=1.6, label=f"ideal profile, {sigma_rel:g}")
-    centre = centre_of_mass(gamma)
+    centre = centre_of_mass(gamma_from_sigma_rel(sigma_rel))
     label = f"its centre of mass, {centre:.3f} T"
-    axes.axvline(centre * end, color=IDEAL, linestyle=":", linewidth=1.4, label=label)
+    axes.axvline(centre * time[-1], color=IDEAL, linestyle=":", linewidth=1.4, label=label)
     axes.set_ylim(0, 1.18 * max(tallest, float(profile.max())))
 
 

@@ -47,8 +47,9 @@ class Merge:
 
     @property
     def metadata(self) -> dict[str, str]:
-        """That of the last file, with where the merge came from; hashes are still to be set."""
-        metadata = dict(self.sources[-1].header.metadata)
+        """That of the last file, with where the merge came from and without the hashes."""
+        last = self.sources[-1].header.metadata
+        metadata = {key: value for key, value in last.items() if key not in NO_HASHES}
         if not self.like_musubi:
             metadata["modelspec.merged_from"] = ", ".join(s.path.stem for s in self.sources)
         return metadata

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..files import read_header, sshs_hashes, write_safetensors
+from ..checkpoints import AdapterStateDict, Checkpoints
+from ..files import DTYPES, read_header, sshs_hashes, write_safetensors
 from .layout import Source
 from .merge import Progress
 from .profile import (
@@ -223,19 +224,40 @@ def solve_reconstruction(stored: Sequence[float], sigma_rel: float, end: int) ->
     )
 
 
+def plan_reconstruction(checkpoints: Checkpoints, sigma_rel: float) -> Reconstruction:
+    """How to rebuild `sigma_rel` from the shadows of a run; ValueError when it kept none."""
+    if checkpoints.shadows is None:
+        raise ValueError(
+            "these checkpoints have no EMA shadows beside them (<run>-shadows.safetensors): train "
+            "with ema_shadows on, or average the checkpoints with Post-Hoc EMA"
+        )
+    info = read_shadows_info(checkpoints.shadows)
+    return solve_reconstruction(info.sigma_rels, sigma_rel, info.step)
+
+
 def reconstructed(
-    path: Path, reconstruction: Reconstruction, dtypes: Mapping[str, torch.dtype]
-) -> Generator[Progress, None, dict[str, Tensor]]:
-    """The adapter with this profile; float32 for keys that `dtypes` does not name."""
+    checkpoints: Checkpoints, reconstruction: Reconstruction, output: Path | None = None
+) -> Generator[Progress, None, AdapterStateDict]:
+    """The adapter with this profile in the dtypes of the run's files; saved if `output` is given.
+
+    Without files, or when theirs is another adapter, it is float32.
+    """
+    path = checkpoints.shadows
+    assert path is not None, "plan_reconstruction refuses a run without shadows"
     source = Source(path=path, header=read_header(path))
     constants = [key for key in source.header.tensors if key.startswith(f"{CONSTANT}/")]
     prefix = f"{reconstruction.stored[0]}/"
     keys = [key.removeprefix(prefix) for key in source.header.tensors if key.startswith(prefix)]
+    dtypes = _saved_dtypes(checkpoints)
     tensors = {key.removeprefix(f"{CONSTANT}/"): source.read(key) for key in constants}
     for done, key in enumerate(keys, start=1):
         tensors[key] = _combined(source, key, reconstruction).to(dtypes.get(key, torch.float32))
         yield Progress(done, len(keys))
-    return tensors
+    metadata = {k: v for k, v in source.header.metadata.items() if k != METADATA_KEY}
+    metadata["modelspec.merged_from"] = path.stem
+    if output:
+        write_safetensors(output, tensors, metadata | sshs_hashes(tensors, metadata))
+    return AdapterStateDict(tensors, metadata)
 
 
 def _combined(source: Source, key: str, reconstruction: Reconstruction) -> Tensor:
@@ -243,9 +265,9 @@ def _combined(source: Source, key: str, reconstruction: Reconstruction) -> Tenso
     return torch.stack([x * source.read_finite(f"{stored}/{key}") for x, stored in parts]).sum(0)
 
 
-def write_reconstructed(path: Path, tensors: Mapping[str, Tensor], shadows: Path) -> None:
-    """Save a reconstructed adapter with the metadata of its run and kohya's hashes."""
-    metadata = read_header(shadows).metadata
-    metadata = {key: value for key, value in metadata.items() if key != METADATA_KEY}
-    metadata["modelspec.merged_from"] = shadows.stem
-    write_safetensors(path, tensors, metadata | sshs_hashes(tensors, metadata))
+def _saved_dtypes(checkpoints: Checkpoints) -> dict[str, torch.dtype]:
+    """Dtype of each tensor in the newest adapter file of the run."""
+    if not checkpoints.files:
+        return {}
+    tensors = read_header(checkpoints.files[-1].path).tensors
+    return {key: DTYPES[entry.dtype] for key, entry in tensors.items() if entry.dtype in DTYPES}

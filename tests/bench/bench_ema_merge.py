@@ -28,6 +28,7 @@ import conftest  # noqa: E402, F401
 import safetensors  # noqa: E402
 import safetensors.torch  # noqa: E402
 import torch  # noqa: E402
+
 from comfyui_braid.engine.ema.merge import prepare_merge, write_merged  # noqa: E402
 from comfyui_braid.engine.ema.schedule import MusubiPower, merge_betas  # noqa: E402
 
