@@ -3,13 +3,15 @@
 from comfy_api.latest import ComfyExtension, io
 from typing_extensions import override
 
-from . import live, network, playground, timesteps, training, training_options
+from . import checkpoints, ema, live, network, playground, timesteps, training, training_options
 
 NODES: list[type[io.ComfyNode]] = [
     *network.NODES,
     *timesteps.NODES,
     *training.NODES,
     *training_options.NODES,
+    *checkpoints.NODES,
+    *ema.NODES,
     *playground.NODES,
 ]
 """Every node of the pack, in menu order."""
