@@ -3,9 +3,9 @@
 from comfy_api.latest import ComfyExtension, io
 from typing_extensions import override
 
-from . import live, playground
+from . import fp8, live, playground
 
-NODES: list[type[io.ComfyNode]] = [*playground.NODES]
+NODES: list[type[io.ComfyNode]] = [*fp8.NODES, *playground.NODES]
 """Every node of the pack, in menu order."""
 
 

@@ -86,12 +86,16 @@ def quantize_rows(rows: Tensor, policy: Fp8Policy, group_size: int) -> tuple[Ten
     scale = scale_from_amax(finite_amax(grouped), policy, rows.dtype)
     if policy.scale_search == "mse":
         scale = least_squares_scale(grouped, scale, policy.dtype)
-    return codes_of(grouped, _divisor(scale), policy.dtype).view(rows.shape), scale
+    divisor = scale
+    if policy.scale_rounding == "musubi":  # float16 lets the scale of a tiny group underflow to zero
+        nothing = scale == 0
+        grouped, divisor = grouped.masked_fill(nothing, 0.0), scale.masked_fill(nothing, 1.0)
+    return codes_of(grouped, divisor, policy.dtype).view(rows.shape), scale
 
 
 def quantize_rows_by(rows: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Rows [n, in] -> codes, with the tensor's own scale (0-d)."""
-    return codes_of(rows.to(torch.float32), _divisor(scale), dtype)
+    return codes_of(rows.to(torch.float32), scale, dtype)
 
 
 def tensor_scale(weight: Tensor, policy: Fp8Policy, device: torch.device) -> Tensor:
@@ -120,8 +124,3 @@ def tensor_scale(weight: Tensor, policy: Fp8Policy, device: torch.device) -> Ten
             codes = codes_of(values, candidate, policy.dtype)
             errors[index] += squared_error(values, codes, candidate).sum(dtype=torch.float64)
     return candidates[errors.argmin()]
-
-
-def _divisor(scale: Tensor) -> Tensor:
-    """`scale`, with 1 for the zero that float16 may underflow to (musubi's rounding only)."""
-    return torch.where(scale == 0, torch.ones_like(scale), scale)
