@@ -89,7 +89,7 @@ def load_fp8(request: Fp8Request, disable_dynamic: bool = False) -> Fp8Model:
     )
     if patcher is None:
         raise ValueError(_unknown(request.path))
-    _use_fine_scales(patcher.model.diffusion_model)
+    _use_fine_scales(patcher)
     patcher.cached_patcher_init = (load_fp8_patcher, (request,))
     return Fp8Model(patcher=patcher, report=report)
 
@@ -154,22 +154,19 @@ def _quantized(
     )
     ready: dict[str, Tensor] = {}
     layers: list[LayerReport] = []
+    other_bytes = 0
     for streamed in reported(stream, total=len(tensors)):
         ready.update(streamed.tensors)
         if streamed.layer is not None:
             layers.append(streamed.layer)
+        else:
+            other_bytes += sum(tensor.nbytes for tensor in streamed.tensors.values())
     if not any(layer.quantized for layer in layers):
         raise ValueError(
             f"no layer of {request.path.name} is quantised by these patterns; its Linear layers "
             f"are called {', '.join(layer.name for layer in layers[:3])}, …"
         )
-    counted = sum(layer.bytes_after for layer in layers)
-    report = Fp8Report(
-        layers=tuple(layers),
-        notes=tuple(notes),
-        other_bytes=sum(tensor.nbytes for tensor in ready.values()) - counted,
-    )
-    return ready, report
+    return ready, Fp8Report(layers=tuple(layers), notes=tuple(notes), other_bytes=other_bytes)
 
 
 def build_skeleton(
@@ -209,11 +206,7 @@ def _lora_merge(skeleton: Skeleton, request: Fp8Request) -> tuple[Merge, str]:
     loaded = comfy.lora.load_lora(comfy.lora_convert.convert_lora(file), key_map)
     patches: dict[str, list] = {}
     for target, patch in loaded.items():
-        key, offset, function = (*target, None, None)[:3] if isinstance(target, tuple) else (
-            target,
-            None,
-            None,
-        )
+        key, offset, function, *_ = (*_as_tuple(target), None, None)
         patches.setdefault(key, []).append((request.lora_strength, patch, 1.0, offset, function))
     targets = {
         raw: patches[MODEL_PREFIX + key]
@@ -241,9 +234,19 @@ def _lora_merge(skeleton: Skeleton, request: Fp8Request) -> tuple[Merge, str]:
     return merge, note
 
 
-def _use_fine_scales(model: nn.Module) -> None:
+def _as_tuple(target: str | tuple) -> tuple:
+    """A patch target of ComfyUI: a key, or (key, slice of it[, function])."""
+    return (target,) if isinstance(target, str) else target
+
+
+def _use_fine_scales(patcher: ModelPatcher) -> None:
     """Give every FP8 weight with more than one scale our layout, which ComfyUI's cannot hold."""
-    for name, module in model.named_modules():
+    # not at the top: the pack must load where ComfyUI runs without comfy-kitchen
+    from .fp8_layout import registered_layout, with_fine_scale
+    from .fp8_lora import apply_patches_on_the_fly
+
+    fine = False
+    for name, module in patcher.model.diffusion_model.named_modules():
         weight = module._parameters.get("weight")
         if not isinstance(weight, QuantizedTensor) or weight._qdata.dtype not in FP8:
             continue
@@ -251,12 +254,13 @@ def _use_fine_scales(model: nn.Module) -> None:
             continue
         if not is_linear(module):
             raise ValueError(f"{name} is not a Linear layer: add it to exclude_patterns")
-        from .fp8_layout import registered_layout, with_fine_scale
-
         module.weight = nn.Parameter(with_fine_scale(weight), requires_grad=False)
         module.layout_type = registered_layout()
         module.quant_format = format_name(weight._qdata.dtype, weight._params.scale)
         module._full_precision_mm = True
+        fine = True
+    if fine:
+        apply_patches_on_the_fly(patcher)
 
 
 def _unknown(path: Path) -> str:
