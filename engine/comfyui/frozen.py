@@ -47,8 +47,8 @@ def frozen_weight(
     overwrite: they must not outlive the `with` block, and nothing may save them for backward.
     """
     if not isinstance(module, CastWeightBiasOp):
-        bias = None if module.bias is None else module.bias.to(device, dtype)
-        yield module.weight.to(device, dtype), bias
+        bias = getattr(module, "bias", None)  # torch's RMSNorm has no such attribute
+        yield module.weight.to(device, dtype), None if bias is None else bias.to(device, dtype)
         return
     with torch.inference_mode():
         # want_requant: a patched weight is rounded alike when it is fetched again in backward
