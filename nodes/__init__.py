@@ -3,9 +3,16 @@
 from comfy_api.latest import ComfyExtension, io
 from typing_extensions import override
 
-from . import fp8, live, playground
+from . import fp8, live, network, playground, timesteps, training, training_options
 
-NODES: list[type[io.ComfyNode]] = [*fp8.NODES, *playground.NODES]
+NODES: list[type[io.ComfyNode]] = [
+    *network.NODES,
+    *timesteps.NODES,
+    *training.NODES,
+    *training_options.NODES,
+    *fp8.NODES,
+    *playground.NODES,
+]
 """Every node of the pack, in menu order."""
 
 

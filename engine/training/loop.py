@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..network.attach import Network, scale_weight_norms
 from ..timesteps.stream import TimestepStream
 from .dataset import Dataset
 from .history import LossHistory, StepRecord
@@ -59,7 +60,7 @@ class TrainingRun:
         plan: TrainingPlan,
         dataset: Dataset,
         denoiser: Denoiser,
-        network: nn.Module,
+        network: Network,
         timesteps: TimestepStream,
         optimization: Optimization,
         device: torch.device,
@@ -149,7 +150,9 @@ class TrainingRun:
         at = t.to(self.device, torch.float32)
         with self._dropout_seeded(micro_step):
             prediction = self.denoiser.predict(
-                self.denoiser.noised(latents, noise, at), at, [item.conditioning for item in items]
+                self.denoiser.noised_input(latents, noise, at),
+                at,
+                [item.conditioning for item in items],
             )
             samples = sample_losses(
                 prediction, self.denoiser.target(latents, noise, at), self.plan.loss_type
@@ -186,7 +189,7 @@ class TrainingRun:
         self.optimization.advance()
         optimizer.zero_grad(set_to_none=True)
         if self.plan.scale_weight_norms:
-            self.network.scale_weight_norms(self.plan.scale_weight_norms)
+            scale_weight_norms(self.network, self.plan.scale_weight_norms)
         return norm
 
     def state_dict(self) -> dict[str, Any]:

@@ -57,7 +57,7 @@ class Validator:
             noise = torch.randn(latents.shape, generator=generator).to(run.device)
             t = torch.tensor([level], dtype=torch.float32, device=run.device)
             prediction = run.denoiser.predict(
-                run.denoiser.noised(latents, noise, t), t, [item.conditioning]
+                run.denoiser.noised_input(latents, noise, t), t, [item.conditioning]
             )
             target = run.denoiser.target(latents, noise, t)
             yield level, float(sample_losses(prediction, target, run.plan.loss_type))
@@ -71,7 +71,7 @@ class Validator:
 
 
 def loss_per_bin(pairs: Sequence[tuple[float, float]], bins: int = BINS) -> tuple[float, ...]:
-    """Mean loss of (t, loss) pairs in equal bins of t; NaN where a bin is empty."""
+    """Mean loss of (t, loss) pairs in equal bins of t; NaN in an empty bin."""
     sums, counts = [0.0] * bins, [0] * bins
     for t, loss in pairs:
         index = min(int(t * bins), bins - 1)
@@ -83,7 +83,7 @@ def loss_per_bin(pairs: Sequence[tuple[float, float]], bins: int = BINS) -> tupl
 def validated(
     steps: Iterable[TrainingStep], run: TrainingRun, validator: Validator
 ) -> Iterator[TrainingStep]:
-    """Pass the steps through; every n steps, and after the last, add a validation to the history."""
+    """Pass the steps through; every n steps, and after the last, measure."""
     for step in steps:
         if step.step % validator.every_n_steps == 0 or step.step == run.plan.steps:
             run.history.validations.append(validator.measure(run))
