@@ -9,7 +9,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ..magcache.calibration import ResidualRecorder, average_plans, calibrated_plan
-from ..magcache.plan import Conditions, MagCachePlan
+from ..magcache.plan import POSITIVE, Conditions, MagCachePlan
 from .magcache_blocks import BlockKey, StackMeasure, block_keys, with_hooks
 from .magcache_cache import Key, slices, velocity
 from .magcache_conditions import run_conditions
@@ -72,7 +72,7 @@ class Measurement:
                 f"MagCache calibration: {self.conditions.sampler} did not call the model at all of "
                 f"its {steps} noise levels; calibrate with euler, and use the plan with any sampler"
             )
-        recorders = list(whole.values())
+        recorders = sorted(whole.values(), key=lambda r: not r.label.startswith(POSITIVE))
         return calibrated_plan(
             name=f"{self.conditions.model} calibrated at {steps} steps",
             conditions=self.conditions,

@@ -78,7 +78,7 @@ class StepClock:
         return self._read(float(timestep.max()))
 
     def _read(self, sigma: float) -> tuple[int, float, bool]:
-        tolerance = 1e-5 * max(sigma, 1e-3)
+        tolerance = 5e-4 * sigma  # SDE samplers call a little below the first level
         step = bisect.bisect_right(self._falling, -sigma + tolerance) - 1
         step = min(max(step, 0), len(self._sigmas) - 2)
         return step, sigma, abs(self._sigmas[step] - sigma) <= tolerance
