@@ -110,9 +110,9 @@ def read_header(path: Path) -> SafetensorsHeader:
 def sshs_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
     """`sshs_model_hash` and `sshs_legacy_hash` as kohya's tools compute them.
 
-    Both are taken from a serialisation whose header holds only the `ss_…` metadata: the model hash is the
-    SHA-256 of everything after the header, the legacy hash the first 8 hex digits of the SHA-256 of
-    64 KiB at offset 1 MiB.
+    Both are taken from a serialisation whose header holds only the `ss_…` metadata: the model hash
+    is the SHA-256 of everything after the header, the legacy hash the first 8 hex digits of the
+    SHA-256 of 64 KiB at offset 1 MiB.
     """
     ss_metadata = {key: value for key, value in metadata.items() if key.startswith("ss_")}
     data = memoryview(safetensors.torch.save(dict(tensors), ss_metadata))

@@ -1,0 +1,171 @@
+"""musubi-tuner's `key=value` options (network_args, optimizer_args, lr_scheduler_args) as text.
+
+One parser for all three. Accepted layouts, freely mixed:
+
+    one token a line          exclude_patterns=[r'.*single_blocks.*', r'.*txt_.*']
+    as on a command line      "exclude_patterns=[r'.*single_blocks.*']" "loraplus_lr_ratio=4"
+    as a TOML list            network_args = ["loraplus_lr_ratio=4", 'verbose=True']
+
+A token is split at its first `=`, so that a value may contain more of them (musubi refuses those).
+Values stay strings here; `parse_literal` and its typed relatives turn one into a Python value, by
+`ast.literal_eval` only.
+"""
+
+import ast
+import difflib
+import math
+import re
+import warnings
+from collections.abc import Collection, Mapping
+
+_OPENING = {"[": "]", "(": ")", "{": "}"}
+_OPTION_NAME = re.compile(r"\s*(?:--)?\w*_args\b\s*(?:=\s*)?(?=[\s\"'\[]|--|$)")
+LITERALS = "a Python literal such as 0.01, True, None, 'text' or (0.9, 0.99)"
+
+
+def parse_arguments(text: str, option: str = "network_args") -> dict[str, str]:
+    """`key=value` tokens of `text` in the order given; keys and values without outer blanks.
+
+    Raises ValueError, naming the token, for one without `=`, without a key, or given twice.
+    """
+    arguments: dict[str, str] = {}
+    for token in _tokens(text, option):
+        key, equals, value = token.partition("=")
+        key = key.strip()
+        if not equals or not key.isidentifier():
+            raise ValueError(
+                f"{option}: {token!r} is not key=value; write one a line, such as rank_dropout=0.1"
+            )
+        if key in arguments:
+            raise ValueError(f"{option}: {key} is given twice; keep one of the two")
+        arguments[key] = _unquoted(value.strip())
+    return arguments
+
+
+def refuse_unknown(option: str, arguments: Mapping[str, str], known: Collection[str]) -> None:
+    """ValueError for the first key that is not in `known`, with the closest one and all of them."""
+    for key in arguments:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            guess = f" (did you mean {close[0]}?)" if close else ""
+            raise ValueError(
+                f"{option}: unknown key {key!r}{guess}; known keys: {', '.join(sorted(known))}"
+            )
+
+
+def parse_literal(key: str, value: str, allowed: str = LITERALS) -> object:
+    """`value` as a Python literal; ValueError that names the key, the value and what is allowed."""
+    try:
+        with warnings.catch_warnings():
+            # r'…' is often forgotten before a regex; '\d' keeps its backslash, with this warning.
+            warnings.simplefilter("ignore", SyntaxWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return ast.literal_eval(value)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
+        raise ValueError(f"{key}={value}: not {allowed}") from error
+
+
+def parse_float(key: str, value: str, allowed: str = "a number such as 0.1") -> float:
+    """`value` as a finite float."""
+    try:
+        number = float(value)
+    except ValueError as error:
+        raise ValueError(f"{key}={value}: not {allowed}") from error
+    if not math.isfinite(number):
+        raise ValueError(f"{key}={value}: not {allowed}")
+    return number
+
+
+def parse_int(key: str, value: str, allowed: str = "a whole number such as 8") -> int:
+    """`value` as an int; 8.0 is one, 8.5 is not."""
+    number = parse_float(key, value, allowed)
+    if number != int(number):
+        raise ValueError(f"{key}={value}: not {allowed}")
+    return int(number)
+
+
+def parse_bool(key: str, value: str) -> bool:
+    """True or False in any case, also 1 and 0 (musubi takes exactly `True` for true)."""
+    words = {"true": True, "1": True, "false": False, "0": False}
+    if value.strip().lower() not in words:
+        raise ValueError(f"{key}={value}: not True or False")
+    return words[value.strip().lower()]
+
+
+def _tokens(text: str, option: str) -> list[str]:
+    """Split at blanks and commas outside quotes and brackets; shell and TOML quotes are removed."""
+    text = re.sub(r"\\\n", "\n", text)  # a command line continued with a backslash
+    text = re.sub(r"(?m)^\s*#.*$", "", text)
+    named = _OPTION_NAME.match(text)
+    text = text[named.end() :] if named else text
+    if text.lstrip().startswith("["):
+        text = _without_brackets(text, option)
+    tokens, start = [], 0
+    while start < len(text):
+        if text[start].isspace() or text[start] == ",":
+            start += 1
+            continue
+        read = _read_quoted if text[start] in "\"'" else _read_bare
+        token, start = read(text, start, option)
+        tokens.append(token)
+    return tokens
+
+
+def _without_brackets(text: str, option: str) -> str:
+    inside = text.strip()
+    if not inside.endswith("]"):
+        raise ValueError(f"{option}: the list that starts with '[' does not end with ']'")
+    return inside[1:-1]
+
+
+def _read_quoted(text: str, start: int, option: str) -> tuple[str, int]:
+    """A whole token in quotes; in double ones only \\" and \\\\ are escapes, as in a shell."""
+    quote, position, characters = text[start], start + 1, []
+    while position < len(text) and text[position] != quote:
+        if quote == '"' and text[position] == "\\" and text[position + 1 : position + 2] in '"\\':
+            position += 1
+        characters.append(text[position : position + 1])
+        position += 1
+    if position >= len(text):
+        raise ValueError(f"{option}: the quote opened in {text[start : start + 40]!r} never closes")
+    return "".join(characters), position + 1
+
+
+def _read_bare(text: str, start: int, option: str) -> tuple[str, int]:
+    """An unquoted token: up to the first blank that is outside brackets and Python strings."""
+    closing: list[str] = []
+    position = start
+    while position < len(text):
+        character = text[position]
+        if character.isspace() and not closing:
+            break
+        if character in "\"'" and text[position - 1] in "[({,=rR \n":
+            position = _end_of_string(text, position, option)
+            continue
+        if character == "\\":
+            position += 2
+            continue
+        if character in _OPENING:
+            closing.append(_OPENING[character])
+        elif closing and character == closing[-1]:
+            closing.pop()
+        position += 1
+    if closing:
+        raise ValueError(f"{option}: {text[start : start + 40]!r} … misses its {closing[-1]!r}")
+    return text[start:position].rstrip(","), position
+
+
+def _end_of_string(text: str, start: int, option: str) -> int:
+    position = start + 1
+    while position < len(text) and text[position] != text[start]:
+        position += 2 if text[position] == "\\" else 1
+    if position >= len(text):
+        raise ValueError(f"{option}: the quote opened in {text[start : start + 40]!r} never closes")
+    return position + 1
+
+
+def _unquoted(value: str) -> str:
+    """`"…"` around a whole value, as a shell removes it from key="value"."""
+    if len(value) >= 2 and value[0] in "\"'" and value.find(value[0], 1) == len(value) - 1:
+        return value[1:-1]
+    return value

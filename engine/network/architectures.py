@@ -1,0 +1,363 @@
+"""One table: how each model family that ComfyUI knows is adapted, named and described.
+
+Detection works on what ComfyUI itself detected: the `unet_config` of the loaded model. Layer names
+are ComfyUI's, dotted from the root of the diffusion model; the patterns were checked against every
+`comfy/ldm` model named here (ComfyUI 0.33) and a test holds them to it.
+
+Where the defaults differ from musubi-tuner's, on purpose:
+  Qwen-Image, HunyuanVideo 1.5   musubi's patterns (`.*(_mod_).*`, `.*(_in).*`) were written for
+                                 names with underscores and never match, so that it trains the
+                                 modulation layers by accident; here they are excluded.
+  FLUX, FLUX.2                   giving exclude_patterns never switches the defaults off.
+  Wan, `norm`, `_in`, `head` …   patterns that could only match outside the blocks are left out.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import EllipsisType
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rename:
+    """One layer of ComfyUI's model under the name, or names, that another program gives it."""
+
+    layer: str
+    """Regular expression that must match the whole of our dotted name."""
+    names: tuple[str, ...]
+    """Other name with \\1 … from `layer`; several when the other program holds the rows of our
+    weight in separate layers, from the top: (q, k, v) or (q, k, v, mlp)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Architecture:
+    """What Braid knows of one model family."""
+
+    title: str
+    """For people."""
+    detect: Mapping[str, object] = field(default_factory=dict)
+    """Entries of ComfyUI's unet_config that identify it; `...` = present with any value."""
+    layers: str
+    """Regular expression of the layers that may be adapted; must match the whole dotted name."""
+    exclude: tuple[str, ...] = ()
+    """Layers among them that are left alone unless include_patterns take them back."""
+    base_model_version: str
+    """ss_base_model_version, as musubi-tuner or sd-scripts write it."""
+    modelspec: str
+    """Architecture id of modelspec.architecture, without the `/lora`."""
+    implementation: str = ""
+    """modelspec.implementation."""
+    resolution: str = "1024x1024"
+    """modelspec.resolution when the run does not say."""
+    diffusers_prefix: str = "diffusion_model."
+    """Key prefix that both ComfyUI and diffusers read for this family in PEFT files."""
+    diffusers: tuple[Rename, ...] = ()
+    """Layers whose name in diffusers differs."""
+    musubi: tuple[Rename, ...] = ()
+    """Layers whose name in musubi-tuner differs from both; only read, never written."""
+
+
+_STREAM_BLOCKS = r"(double_blocks|single_blocks)\..*"
+_STREAM_MODULATION = (r".*(img_mod|txt_mod|modulation)\.lin.*",)
+_DOUBLE = r"double_blocks\.(\d+)\."
+_SINGLE = r"single_blocks\.(\d+)\."
+
+# diffusers' FluxTransformer2DModel; ComfyUI: comfy.utils.flux_to_diffusers
+_FLUX_DOUBLE = tuple(
+    Rename(layer=_DOUBLE + layer, names=tuple(rf"transformer_blocks.\1.{name}" for name in names))
+    for layer, names in (
+        (r"img_attn\.qkv", ("attn.to_q", "attn.to_k", "attn.to_v")),
+        (r"txt_attn\.qkv", ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")),
+        (r"img_attn\.proj", ("attn.to_out.0",)),
+        (r"txt_attn\.proj", ("attn.to_add_out",)),
+    )
+)
+_FLUX = _FLUX_DOUBLE + (
+    Rename(layer=_DOUBLE + r"img_mod\.lin", names=(r"transformer_blocks.\1.norm1.linear",)),
+    Rename(layer=_DOUBLE + r"txt_mod\.lin", names=(r"transformer_blocks.\1.norm1_context.linear",)),
+    Rename(layer=_DOUBLE + r"img_mlp\.0", names=(r"transformer_blocks.\1.ff.net.0.proj",)),
+    Rename(layer=_DOUBLE + r"img_mlp\.2", names=(r"transformer_blocks.\1.ff.net.2",)),
+    Rename(layer=_DOUBLE + r"txt_mlp\.0", names=(r"transformer_blocks.\1.ff_context.net.0.proj",)),
+    Rename(layer=_DOUBLE + r"txt_mlp\.2", names=(r"transformer_blocks.\1.ff_context.net.2",)),
+    Rename(
+        layer=_SINGLE + r"linear1",
+        names=(
+            r"single_transformer_blocks.\1.attn.to_q",
+            r"single_transformer_blocks.\1.attn.to_k",
+            r"single_transformer_blocks.\1.attn.to_v",
+            r"single_transformer_blocks.\1.proj_mlp",
+        ),
+    ),
+    Rename(layer=_SINGLE + r"linear2", names=(r"single_transformer_blocks.\1.proj_out",)),
+    Rename(
+        layer=_SINGLE + r"modulation\.lin", names=(r"single_transformer_blocks.\1.norm.linear",)
+    ),
+)
+_FLUX_2 = _FLUX_DOUBLE + (
+    Rename(layer=_DOUBLE + r"img_mlp\.0", names=(r"transformer_blocks.\1.ff.linear_in",)),
+    Rename(layer=_DOUBLE + r"img_mlp\.2", names=(r"transformer_blocks.\1.ff.linear_out",)),
+    Rename(layer=_DOUBLE + r"txt_mlp\.0", names=(r"transformer_blocks.\1.ff_context.linear_in",)),
+    Rename(layer=_DOUBLE + r"txt_mlp\.2", names=(r"transformer_blocks.\1.ff_context.linear_out",)),
+    Rename(
+        layer=_SINGLE + r"linear1", names=(r"single_transformer_blocks.\1.attn.to_qkv_mlp_proj",)
+    ),
+    Rename(layer=_SINGLE + r"linear2", names=(r"single_transformer_blocks.\1.attn.to_out",)),
+)
+# HunyuanVideo as Tencent, musubi and diffusion-pipe name it; diffusers converts these on loading
+_HUNYUAN = (
+    Rename(layer=_DOUBLE + r"(img|txt)_attn\.(qkv|proj)", names=(r"double_blocks.\1.\2_attn_\3",)),
+    Rename(layer=_DOUBLE + r"(img|txt)_mlp\.0", names=(r"double_blocks.\1.\2_mlp.fc1",)),
+    Rename(layer=_DOUBLE + r"(img|txt)_mlp\.2", names=(r"double_blocks.\1.\2_mlp.fc2",)),
+    Rename(layer=_DOUBLE + r"(img|txt)_mod\.lin", names=(r"double_blocks.\1.\2_mod.linear",)),
+    Rename(layer=_SINGLE + r"modulation\.lin", names=(r"single_blocks.\1.modulation.linear",)),
+)
+_HUNYUAN_15_SPLIT = (
+    Rename(
+        layer=_DOUBLE + r"(img|txt)_attn\.qkv",
+        names=tuple(rf"double_blocks.\1.\2_attn_{part}" for part in "qkv"),
+    ),
+)
+_LUMINA_BLOCK = r"(layers|noise_refiner|context_refiner)\.(\d+)\."
+_Z_IMAGE = (
+    Rename(
+        layer=_LUMINA_BLOCK + r"attention\.qkv",
+        names=tuple(rf"\1.\2.attention.to_{part}" for part in "qkv"),
+    ),
+    Rename(layer=_LUMINA_BLOCK + r"attention\.out", names=(r"\1.\2.attention.to_out.0",)),
+)
+_KREA_2 = tuple(
+    Rename(layer=ours + r"\.(\d+)\." + layer, names=(f"{theirs}.{name}",))
+    for ours, theirs in (
+        (r"blocks", r"transformer_blocks.\1"),
+        (r"txtfusion\.layerwise_blocks", r"text_fusion.layerwise_blocks.\1"),
+        (r"txtfusion\.refiner_blocks", r"text_fusion.refiner_blocks.\1"),
+    )
+    for layer, name in (
+        (r"attn\.wq", "attn.to_q"),
+        (r"attn\.wk", "attn.to_k"),
+        (r"attn\.wv", "attn.to_v"),
+        (r"attn\.gate", "attn.to_gate"),
+        (r"attn\.wo", "attn.to_out.0"),
+        (r"mlp\.gate", "ff.gate"),
+        (r"mlp\.up", "ff.up"),
+        (r"mlp\.down", "ff.down"),
+    )
+) + tuple(
+    Rename(layer=layer, names=(name,))
+    for layer, name in (
+        (r"first", "img_in"),
+        (r"tmlp\.0", "time_embed.linear_1"),
+        (r"tmlp\.2", "time_embed.linear_2"),
+        (r"tproj\.1", "time_mod_proj"),
+        (r"txtmlp\.1", "txt_in.linear_1"),
+        (r"txtmlp\.3", "txt_in.linear_2"),
+        (r"txtfusion\.projector", "text_fusion.projector"),
+        (r"last\.linear", "final_layer.linear"),
+    )
+)
+_FLUX_2_COMMON = dict(
+    layers=_STREAM_BLOCKS,  # the modulation of FLUX.2 is shared and lies outside the blocks
+    implementation="https://github.com/black-forest-labs/flux2",
+    diffusers_prefix="transformer.",
+    diffusers=_FLUX_2,
+)
+_HUNYUAN_COMMON = dict(
+    layers=_STREAM_BLOCKS,
+    exclude=_STREAM_MODULATION,
+    diffusers_prefix="transformer.",
+    diffusers=_HUNYUAN,
+)
+_LUMINA_COMMON = dict(
+    layers=_LUMINA_BLOCK + ".*",
+    exclude=(r".*adaLN_modulation.*", r".*_refiner.*"),
+)
+
+DEFAULT = Architecture(
+    title="other model",
+    layers=r".+?\.\d+\..+",  # inside an element of a numbered container: the repeated blocks
+    exclude=(r"(?i:.*(modulation|adaln|img_mod|txt_mod|emb_layers|_emb\b|embedder).*)",),
+    base_model_version="unknown",
+    modelspec="unknown",
+)
+"""For anything that no row below detects."""
+
+ARCHITECTURES: tuple[Architecture, ...] = (
+    Architecture(
+        title="FLUX.1",
+        detect={"image_model": "flux"},
+        layers=_STREAM_BLOCKS,
+        exclude=_STREAM_MODULATION,
+        base_model_version="flux1",
+        modelspec="Flux.1-dev",
+        implementation="https://github.com/black-forest-labs/flux",
+        diffusers_prefix="transformer.",
+        diffusers=_FLUX,
+    ),
+    Architecture(
+        title="FLUX.2 klein 4B",
+        detect={"image_model": "flux2", "hidden_size": 3072},
+        base_model_version="flux_2_klein_4b",
+        modelspec="Flux.2-klein-4b",
+        **_FLUX_2_COMMON,
+    ),
+    Architecture(
+        title="FLUX.2 klein 9B",
+        detect={"image_model": "flux2", "hidden_size": 4096},
+        base_model_version="flux_2_klein_9b",
+        modelspec="Flux.2-klein-9b",
+        **_FLUX_2_COMMON,
+    ),
+    Architecture(
+        title="FLUX.2",
+        detect={"image_model": "flux2"},
+        base_model_version="flux_2_dev",
+        modelspec="Flux.2-dev",
+        **_FLUX_2_COMMON,
+    ),
+    Architecture(
+        title="Chroma",
+        detect={"image_model": "chroma"},
+        layers=_STREAM_BLOCKS,  # modulated by distilled_guidance_layer, outside the blocks
+        base_model_version="chroma",
+        modelspec="Chroma",
+        implementation="https://huggingface.co/lodestones/Chroma",
+    ),
+    Architecture(
+        title="Wan 2.1 / 2.2",
+        detect={"image_model": "wan2.1"},
+        layers=r"blocks\..*",  # modulation is a parameter of the block, not a layer
+        base_model_version="wan",
+        modelspec="wan2.1",
+        implementation="https://github.com/Wan-Video/Wan2.1",
+        resolution="1280x720",
+    ),
+    Architecture(
+        title="Qwen-Image Layered",
+        detect={"image_model": "qwen_image", "use_additional_t_cond": True},
+        layers=r"transformer_blocks\..*",
+        exclude=(r".*(img_mod|txt_mod).*",),
+        base_model_version="qwen_image_layered",
+        modelspec="Qwen-Image-Layered",
+        implementation="https://github.com/QwenLM/Qwen-Image-Layered",
+        diffusers_prefix="transformer.",
+    ),
+    Architecture(
+        title="Qwen-Image",
+        detect={"image_model": "qwen_image"},
+        layers=r"transformer_blocks\..*",
+        exclude=(r".*(img_mod|txt_mod).*",),
+        base_model_version="qwen_image",
+        modelspec="Qwen-Image",
+        implementation="https://github.com/QwenLM/Qwen-Image",
+        resolution="1328x1328",
+        diffusers_prefix="transformer.",
+    ),
+    Architecture(
+        title="HunyuanVideo 1.5",
+        detect={"image_model": "hunyuan_video", "use_cond_type_embedding": True},
+        base_model_version="hunyuan_video_1_5",
+        modelspec="hunyuan-video-1.5",
+        implementation="https://github.com/Tencent-Hunyuan/HunyuanVideo-1.5",
+        resolution="1280x720",
+        musubi=_HUNYUAN_15_SPLIT,
+        **_HUNYUAN_COMMON,
+    ),
+    Architecture(
+        title="HunyuanImage 2.1",
+        detect={"image_model": "hunyuan_video", "vec_in_dim": None},
+        base_model_version="hunyuan_image_2_1",
+        modelspec="hunyuan-image-2.1",
+        implementation="https://github.com/Tencent-Hunyuan/HunyuanImage-2.1",
+        resolution="2048x2048",
+        **_HUNYUAN_COMMON,
+    ),
+    Architecture(
+        title="HunyuanVideo",
+        detect={"image_model": "hunyuan_video"},
+        base_model_version="hunyuan_video",
+        modelspec="hunyuan-video",
+        implementation="https://github.com/Tencent/HunyuanVideo",
+        resolution="1280x720",
+        **_HUNYUAN_COMMON,
+    ),
+    Architecture(
+        title="Z-Image",
+        detect={"image_model": "lumina2", "dim": 3840},
+        base_model_version="z_image",
+        modelspec="Z-Image",
+        implementation="https://github.com/Tongyi-MAI/Z-Image",
+        diffusers_prefix="transformer.",
+        diffusers=_Z_IMAGE,
+        **_LUMINA_COMMON,
+    ),
+    Architecture(
+        title="Lumina 2",
+        detect={"image_model": "lumina2"},
+        base_model_version="lumina2",
+        modelspec="lumina-2",
+        implementation="https://github.com/Alpha-VLLM/Lumina-Image-2.0",
+        # ComfyUI's map of separate q, k, v is only right for as many key as query heads (Z-Image),
+        # so these files keep ComfyUI's names, which diffusers converts.
+        musubi=_Z_IMAGE,
+        **_LUMINA_COMMON,
+    ),
+    Architecture(
+        title="Kandinsky 5",
+        detect={"image_model": "kandinsky5"},
+        layers=r"(text_transformer_blocks|visual_transformer_blocks)\..*",
+        exclude=(r".*modulation.*",),
+        base_model_version="kandinsky5",
+        modelspec="Kandinsky-5",
+        implementation="https://github.com/kandinskylab/kandinsky-5",
+        resolution="1280x720",
+        diffusers_prefix="transformer.",
+    ),
+    Architecture(
+        title="Krea 2",
+        detect={"image_model": "krea2"},
+        layers=r".*",  # as musubi: every Linear of the model
+        base_model_version="krea2",
+        modelspec="Krea-2",
+        implementation="https://github.com/krea-ai/krea-2",
+        diffusers_prefix="transformer.",
+        diffusers=_KREA_2,
+    ),
+    Architecture(
+        title="Ideogram 4",
+        detect={"image_model": "ideogram4"},
+        layers=r"layers\..*",
+        exclude=(r".*adaln_modulation.*",),
+        base_model_version="ideogram4",
+        modelspec="Ideogram-4",
+        implementation="https://huggingface.co/Comfy-Org/Ideogram-4",
+    ),
+    Architecture(
+        title="U-Net (Stable Diffusion)",
+        detect={"model_channels": ..., "context_dim": ...},
+        layers=r"(input_blocks|middle_block|output_blocks)\..*",
+        exclude=(r".*(emb_layers|skip_connection).*",),
+        base_model_version="sd",
+        modelspec="stable-diffusion",
+        implementation="https://github.com/Stability-AI/generative-models",
+    ),
+)
+"""Rows are tried from the top: more specific ones first."""
+
+
+def architecture_of(unet_config: Mapping[str, object]) -> Architecture:
+    """The first row that what ComfyUI detected fits, or DEFAULT."""
+    for architecture in ARCHITECTURES:
+        if all(_fits(unet_config, key, value) for key, value in architecture.detect.items()):
+            return architecture
+    return DEFAULT
+
+
+def architecture_named(base_model_version: str) -> Architecture | None:
+    """The row that writes this ss_base_model_version."""
+    rows = (a for a in ARCHITECTURES if a.base_model_version == base_model_version)
+    return next(rows, None)
+
+
+def _fits(unet_config: Mapping[str, object], key: str, value: object) -> bool:
+    if key not in unet_config:
+        return False
+    return isinstance(value, EllipsisType) or unet_config[key] == value

@@ -1,0 +1,182 @@
+"""A network of adapters, and the context in which a model computes with it.
+
+The adapters hang on the layers by forward hooks: the hook adds to what the layer returned, whatever
+made that (a plain Linear, a quantised one, an autograd Function of ours), so the mechanism composes
+with anything that wraps the layer. Leaving the context removes the hooks and nothing else was
+touched; networks may be attached on top of each other.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .adapters import ADAPTERS, Adapter, LoRA
+from .layers import LayerShape
+from .spec import NetworkSpec
+from .targets import Candidate, parameter_shapes
+
+logger = logging.getLogger("comfyui_braid.network")
+
+
+class Network(nn.Module):
+    """The trainable adapter as a whole: one Adapter for each adapted layer.
+
+    The base layers are not held: the same network fits any clone of the model it was built for.
+    """
+
+    def __init__(self, adapters: Mapping[str, Adapter], spec: NetworkSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.layer_names = tuple(adapters)
+        """Dotted names from the root of the diffusion model, in the model's order."""
+        self.adapters = nn.ModuleDict(
+            {kohya_name(name): adapter for name, adapter in adapters.items()}
+        )
+        if len(self.adapters) != len(adapters):
+            raise ValueError("two adapted layers have the same name once '.' becomes '_'")
+
+    def items(self) -> Iterator[tuple[str, Adapter]]:
+        """(dotted layer name, adapter), in the model's order."""
+        return zip(self.layer_names, self.adapters.values(), strict=True)
+
+    def set_compute_dtype(self, dtype: torch.dtype | None) -> None:
+        """The dtype in which deltas are computed; None: that of the parameters."""
+        for adapter in self.adapters.values():
+            adapter.compute_dtype = dtype
+
+
+def kohya_name(layer_name: str) -> str:
+    """`lora_unet_` and the dotted name with underscores: the name in kohya's and musubi's files."""
+    return "lora_unet_" + layer_name.replace(".", "_")
+
+
+def build_network(
+    targets: tuple[Candidate, ...],
+    spec: NetworkSpec,
+    seed: int,
+    compute_dtype: torch.dtype | None = None,
+) -> Network:
+    """Adapters for `targets` (`TargetReport.selected`), on the CPU, float32, in training mode.
+
+    The same targets, spec and seed give the same parameters on every machine. To be trained, build
+    it outside `torch.inference_mode()`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    adapters = {}
+    for target in targets:
+        adapters[target.name] = build_adapter(target.shape, spec)
+        adapters[target.name].reset_parameters(generator)
+    network = Network(adapters, spec)
+    network.set_compute_dtype(compute_dtype)
+    return network
+
+
+def build_adapter(shape: LayerShape, spec: NetworkSpec) -> Adapter:
+    """One adapter with uninitialised parameters."""
+    rank, alpha = spec.rank_and_alpha(large_kernel=shape.has_large_kernel)
+    return ADAPTERS[spec.kind](
+        shape,
+        {name: torch.empty(size) for name, size in parameter_shapes(shape, spec).items()},
+        alpha=alpha,
+        rank=rank,
+        neuron_dropout=spec.neuron_dropout,
+        rank_dropout=spec.rank_dropout,
+        module_dropout=spec.module_dropout,
+    )
+
+
+@contextmanager
+def attached(model: nn.Module, network: Network, strength: float = 1.0) -> Iterator[None]:
+    """Inside, the layers of `model` (the diffusion model) return base + strength · delta.
+
+    The model is left exactly as it was on every way out. ValueError when it lacks a layer.
+    """
+    layers = dict(model.named_modules())
+    missing = [name for name in network.layer_names if name not in layers]
+    if missing:
+        raise ValueError(
+            f"the network was built for another model: {len(missing)} of its "
+            f"{len(network.layer_names)} layers are not in this one, such as {missing[0]!r}"
+        )
+    handles: list[RemovableHandle] = []
+    try:
+        for name, adapter in network.items():
+            handles.append(layers[name].register_forward_hook(_adding(adapter, strength)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _adding(adapter: Adapter, strength: float):
+    def add(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return adapter.add_to(output, inputs[0], strength)
+
+    return add
+
+
+def parameter_groups(network: Network, learning_rate: float) -> list[dict[str, object]]:
+    """Optimizer groups {params, lr, name}; with LoRA+ "unet" and "unet plus" (the up matrices).
+
+    LoRA+, arXiv 2402.12354: up learns `loraplus_lr_ratio` times faster. Names as musubi logs them.
+    """
+    ratio = network.spec.loraplus_lr_ratio
+    up = [a.up for a in network.adapters.values() if isinstance(a, LoRA)]
+    if ratio is None or not up:
+        if ratio is not None:
+            logger.warning(
+                "loraplus_lr_ratio=%g has no effect on a %s: it has no up matrix",
+                ratio,
+                network.spec.kind,
+            )
+        return [{"params": list(network.parameters()), "lr": learning_rate, "name": "unet"}]
+    return [
+        {
+            "params": [a.down for a in network.adapters.values()],
+            "lr": learning_rate,
+            "name": "unet",
+        },
+        {"params": up, "lr": learning_rate * ratio, "name": "unet plus"},
+    ]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightNorms:
+    """What `scale_weight_norms` did; tensors on the network's device, so nothing waits for it."""
+
+    scaled: Tensor
+    """Number of layers whose weights were scaled down; 0-d int64."""
+    norms: Tensor
+    """Frobenius norm of ΔW of every layer afterwards, (layers,) float32."""
+
+
+@torch.no_grad()
+def scale_weight_norms(network: Network, limit: float) -> WeightNorms:
+    """Scale down, in place, every LoRA whose ‖ΔW‖ exceeds `limit` (kohya's --scale_weight_norms).
+
+    n = ‖up·down·alpha/rank‖_F, clamped from below to limit/2; both matrices are multiplied by the
+    square root of min(n, limit) / n.
+    """
+    if network.spec.kind != "lora":
+        raise ValueError(
+            f"scale_weight_norms={limit}: works on lora only, not on {network.spec.kind}; use 0"
+        )
+    adapters = list(network.adapters.values())
+    norms = torch.stack([_frobenius_norm(adapter) for adapter in adapters])
+    clamped = norms.clamp(min=limit / 2)
+    ratio = clamped.clamp(max=limit) / clamped
+    for adapter, factor in zip(adapters, ratio.sqrt().unbind(), strict=True):
+        adapter.down.mul_(factor)
+        adapter.up.mul_(factor)
+    return WeightNorms(scaled=(ratio != 1).sum(), norms=clamped * ratio)
+
+
+def _frobenius_norm(adapter: LoRA) -> Tensor:
+    """‖ΔW‖_F of one LoRA, as √tr((upᵀup)(down·downᵀ)): no matrix of the size of ΔW."""
+    up, down = adapter.up.flatten(1), adapter.down.flatten(1)
+    return ((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt() * adapter.scale

@@ -1,0 +1,236 @@
+"""NetworkSpec: everything that shapes the trainable adapter, and its text form `network_args`."""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from ..arguments import (
+    parse_arguments,
+    parse_bool,
+    parse_float,
+    parse_int,
+    parse_literal,
+    refuse_unknown,
+)
+
+Kind = Literal["lora", "loha", "lokr"]
+TargetMode = Literal["musubi", "whitelist"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+TARGET_MODES: tuple[TargetMode, ...] = get_args(TargetMode)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TargetPatterns:
+    """Which layers are adapted: regular expressions that must match a whole dotted layer name."""
+
+    exclude: tuple[str, ...] = ()
+    """Layers left alone, besides those that the architecture excludes by default."""
+    include: tuple[str, ...] = ()
+    """"musubi": layers taken back in although excluded. "whitelist": the only layers taken."""
+    mode: TargetMode = "musubi"
+
+    def __post_init__(self) -> None:
+        _refuse_other("target_mode", self.mode, TARGET_MODES)
+        for name, patterns in (("exclude", self.exclude), ("include", self.include)):
+            for pattern in patterns:
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise ValueError(
+                        f"{name}_patterns: {pattern!r} is not a regular expression ({error})"
+                    ) from error
+        if self.mode == "whitelist" and not self.include:
+            raise ValueError(
+                "target_mode whitelist adapts only what include_patterns match, and none is given; "
+                "write some, or choose target_mode musubi"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NetworkSpec:
+    """The adapter of every adapted layer, and how its parameters are trained."""
+
+    kind: Kind = "lora"
+    rank: int = 16
+    """Inner width of the two factors (musubi: network_dim)."""
+    alpha: float = 0.0
+    """The update is scaled by alpha / rank; 0 means alpha = rank (musubi: network_alpha)."""
+    conv_rank: int | None = None
+    """Rank for convolutions larger than 1 × 1; None leaves them alone (musubi: conv_dim)."""
+    conv_alpha: float = 1.0
+    """As alpha, for those convolutions; 0 means conv_rank."""
+    neuron_dropout: float = 0.0
+    """Chance in [0, 1) that one inner activation is dropped (musubi: network_dropout)."""
+    rank_dropout: float = 0.0
+    """Chance in [0, 1) that one rank is dropped for one item of the batch."""
+    module_dropout: float = 0.0
+    """Chance in [0, 1] that a whole adapter is skipped in one call."""
+    targets: TargetPatterns = field(default_factory=TargetPatterns)
+    loraplus_lr_ratio: float | None = None
+    """Learning rate of the up matrices over that of the others (LoRA+); None = equal."""
+    lokr_factor: int = -1
+    """LoKr: size of the small Kronecker factor; -1 = as square as possible (musubi: factor)."""
+    verbose: bool = False
+    """Log every layer that is adapted or excluded."""
+
+    def __post_init__(self) -> None:
+        _refuse_other("network_type", self.kind, KINDS)
+        _check("network_dim", self.rank, self.rank >= 1, "1 or more")
+        _check("network_alpha", self.alpha, self.alpha >= 0, "0 (= network_dim) or more")
+        if self.conv_rank is not None:
+            _check("conv_dim", self.conv_rank, self.conv_rank >= 1, "1 or more")
+        _check("conv_alpha", self.conv_alpha, self.conv_alpha >= 0, "0 (= conv_dim) or more")
+        for name, p in (
+            ("network_dropout", self.neuron_dropout),
+            ("rank_dropout", self.rank_dropout),
+        ):
+            _check(name, p, 0 <= p < 1, "from 0 to below 1")
+        _check("module_dropout", self.module_dropout, 0 <= self.module_dropout <= 1, "from 0 to 1")
+        if self.kind == "lokr" and self.rank_dropout:
+            raise ValueError(
+                f"rank_dropout={self.rank_dropout}: a LoKr has no common rank to drop; "
+                "set it to 0 and use module_dropout"
+            )
+        if self.loraplus_lr_ratio is not None:
+            allowed = "above 0 (4 to start with, 16 in the LoRA+ paper; the widget's 0 = off)"
+            _check("loraplus_lr_ratio", self.loraplus_lr_ratio, self.loraplus_lr_ratio > 0, allowed)
+        factor = self.lokr_factor
+        _check("factor", factor, factor == -1 or factor >= 1, "-1 (automatic) or 1 and more")
+
+    def rank_and_alpha(self, *, large_kernel: bool) -> tuple[int, float]:
+        """Rank and alpha of one layer; `large_kernel`: a convolution larger than 1 × 1."""
+        rank, alpha = self.rank, self.alpha
+        if large_kernel and self.conv_rank is not None:
+            rank, alpha = self.conv_rank, self.conv_alpha
+        return rank, alpha or float(rank)
+
+
+_WIDGETS = {
+    "network_type": "kind",
+    "network_dim": "rank",
+    "network_alpha": "alpha",
+    "network_dropout": "neuron_dropout",
+    "rank_dropout": "rank_dropout",
+    "module_dropout": "module_dropout",
+    "loraplus_lr_ratio": "loraplus_lr_ratio",
+}
+KNOWN_ARGS = (
+    *_WIDGETS,
+    "conv_dim",
+    "conv_alpha",
+    "exclude_patterns",
+    "include_patterns",
+    "target_mode",
+    "factor",
+    "verbose",
+)
+
+
+def parse_network_args(
+    text: str,
+    *,
+    network_type: str = "lora",
+    network_dim: int = 16,
+    network_alpha: float = 16.0,
+    loraplus_lr_ratio: float = 0.0,
+    exclude_patterns: str = "",
+    include_patterns: str = "",
+    target_mode: str = "musubi",
+    network_dropout: float = 0.0,
+    rank_dropout: float = 0.0,
+    module_dropout: float = 0.0,
+) -> NetworkSpec:
+    """The spec that widget values (musubi's names) and `network_args` text ask for; the text wins.
+
+    `loraplus_lr_ratio` 0 on the widget means off; a ratio of 0 or less in the text is refused.
+    """
+    given = parse_arguments(text, "network_args")
+    refuse_unknown("network_args", given, KNOWN_ARGS)
+    return NetworkSpec(
+        kind=given.get("network_type", network_type),  # type: ignore[arg-type]  # checked by the spec
+        rank=_number(given, "network_dim", network_dim, parse_int),
+        alpha=_number(given, "network_alpha", network_alpha, parse_float),
+        conv_rank=_number(given, "conv_dim", None, parse_int),
+        conv_alpha=_number(given, "conv_alpha", 1.0, parse_float),
+        neuron_dropout=_number(given, "network_dropout", network_dropout, parse_float),
+        rank_dropout=_number(given, "rank_dropout", rank_dropout, parse_float),
+        module_dropout=_number(given, "module_dropout", module_dropout, parse_float),
+        targets=TargetPatterns(
+            exclude=parse_patterns(
+                "exclude_patterns", given.get("exclude_patterns", exclude_patterns)
+            ),
+            include=parse_patterns(
+                "include_patterns", given.get("include_patterns", include_patterns)
+            ),
+            mode=given.get("target_mode", target_mode),  # type: ignore[arg-type]
+        ),
+        loraplus_lr_ratio=_number(
+            given, "loraplus_lr_ratio", loraplus_lr_ratio or None, parse_float
+        ),
+        lokr_factor=_number(given, "factor", -1, parse_int),
+        verbose=parse_bool("verbose", given["verbose"]) if "verbose" in given else False,
+    )
+
+
+def parse_patterns(key: str, text: str) -> tuple[str, ...]:
+    """Regexes, one a line (blank ones skipped), or musubi's Python list [r'…', r'…']."""
+    text = text.strip()
+    if not re.match(r"[\[(]\s*([rR]?['\"]|[\])]$)", text):
+        return tuple(_bare_regex(line.strip()) for line in text.splitlines() if line.strip())
+    allowed = "one regular expression a line, or a Python list such as [r'.*single_blocks.*']"
+    patterns = parse_literal(key, text, allowed)
+    if isinstance(patterns, str):  # ('…') is a string in brackets, not a tuple
+        patterns = [patterns]
+    if not isinstance(patterns, list | tuple) or not all(isinstance(p, str) for p in patterns):
+        raise ValueError(f"{key}={text}: not {allowed}")
+    return tuple(patterns)
+
+
+def network_args_of(spec: NetworkSpec) -> dict[str, str]:
+    """The `network_args` that say what differs from a plain LoRA, as musubi stores them.
+
+    `parse_network_args` of these tokens, with network_type, _dim, _alpha and _dropout of the spec
+    as widgets, gives the same spec.
+    """
+    arguments: dict[str, object] = {}
+    if spec.conv_rank is not None:
+        arguments |= {"conv_dim": spec.conv_rank, "conv_alpha": spec.conv_alpha}
+    if spec.rank_dropout:
+        arguments["rank_dropout"] = spec.rank_dropout
+    if spec.module_dropout:
+        arguments["module_dropout"] = spec.module_dropout
+    if spec.targets.exclude:
+        arguments["exclude_patterns"] = list(spec.targets.exclude)
+    if spec.targets.include:
+        arguments["include_patterns"] = list(spec.targets.include)
+    if spec.targets.mode != "musubi":
+        arguments["target_mode"] = spec.targets.mode
+    if spec.loraplus_lr_ratio is not None:
+        arguments["loraplus_lr_ratio"] = spec.loraplus_lr_ratio
+    if spec.kind == "lokr":
+        arguments["factor"] = spec.lokr_factor
+    if spec.verbose:
+        arguments["verbose"] = True
+    return {key: str(value) for key, value in arguments.items()}
+
+
+def _number(given: Mapping[str, str], key: str, widget, parse):
+    return parse(key, given[key]) if key in given else widget
+
+
+def _bare_regex(line: str) -> str:
+    """A line of a pattern widget; r'…' and '…' around it, as copied from a list, are removed."""
+    quoted = re.fullmatch(r"[rR]?(['\"])(.*)\1,?", line)
+    return quoted.group(2) if quoted else line
+
+
+def _check(name: str, value: float, holds: bool, allowed: str) -> None:
+    if not holds or not math.isfinite(value):
+        raise ValueError(f"{name}={value}: must be {allowed}")
+
+
+def _refuse_other(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}={value}: must be one of {', '.join(allowed)}")

@@ -1,0 +1,219 @@
+"""Which layers are adapted, and why each of the others is not.
+
+musubi's rule, on names dotted from the root of the diffusion model, a pattern having to match the
+*whole* name: a layer of the blocks is skipped when an exclude matches it and no include does.
+Mode "whitelist" is what many expect include to mean: only what an include matches (and no exclude
+of the user's), anywhere in the model, whatever the architecture's defaults.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from .adapters import ADAPTERS, LoKr
+from .architectures import Architecture
+from .layers import LayerShape, layers_of
+from .spec import NetworkSpec
+
+DEFAULT_EXCLUDE, EXCLUDE, INCLUDE = "default exclude", "exclude_patterns", "include_patterns"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Candidate:
+    """One Linear or convolution of the model."""
+
+    name: str
+    """Dotted from the root of the diffusion model."""
+    module: nn.Module
+    """The layer itself."""
+    shape: LayerShape
+    """Its features and kernel."""
+    selected: bool
+    """Whether it is adapted."""
+    reason: str
+    """Why it is adapted or skipped."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PatternCount:
+    """How many layers one pattern matches."""
+
+    pattern: str
+    """The regular expression."""
+    origin: str
+    """"default exclude", "exclude_patterns" or "include_patterns"."""
+    matches: int
+    """Layers whose whole name it matches, among those it is asked about."""
+    near: int
+    """Layers in whose name it occurs: what `.*pattern.*` would match."""
+
+    @property
+    def advice(self) -> str:
+        """What to do when nothing matches."""
+        if self.near:
+            wider = f".*{self.pattern}.*"
+            return f"a pattern must match the whole name: {wider!r} would match {self.near}"
+        return "no layer name contains it"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TargetReport:
+    """The outcome of `select_targets`."""
+
+    architecture: Architecture
+    """The table row that gave the defaults."""
+    spec: NetworkSpec
+    """What was asked for."""
+    candidates: tuple[Candidate, ...]
+    """Every Linear and convolution, in the model's order."""
+    patterns: tuple[PatternCount, ...]
+    """Every pattern in use."""
+
+    @property
+    def selected(self) -> tuple[Candidate, ...]:
+        """The layers that are adapted, in the model's order."""
+        return tuple(candidate for candidate in self.candidates if candidate.selected)
+
+    @property
+    def parameters(self) -> int:
+        """Trainable numbers in total."""
+        return sum(parameter_count(candidate.shape, self.spec) for candidate in self.selected)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """One sentence for each pattern of the user's that matches nothing."""
+        return tuple(
+            f"{count.origin}: {count.pattern!r} matches no layer; {count.advice}"
+            for count in self.patterns
+            if not count.matches and count.origin != DEFAULT_EXCLUDE
+        )
+
+
+def select_targets(model: nn.Module, spec: NetworkSpec, architecture: Architecture) -> TargetReport:
+    """Decide for every Linear and convolution of `model`, the diffusion model itself.
+
+    Raises ValueError when nothing is selected, with the patterns that came near.
+    """
+    rules = _Rules.of(spec, architecture)
+    candidates = tuple(
+        Candidate(name=name, module=module, shape=shape, selected=selected, reason=reason)
+        for name, module, shape in layers_of(model)
+        for selected, reason in [rules.decide(name, shape)]
+    )
+    asked = [c.name for c in candidates if rules.may_adapt(c.name) and not _unfit(c.shape, spec)]
+    report = TargetReport(
+        architecture=architecture,
+        spec=spec,
+        candidates=candidates,
+        patterns=rules.counts(asked),
+    )
+    if not report.selected:
+        raise ValueError(_nothing_selected(report, asked))
+    return report
+
+
+def parameter_shapes(shape: LayerShape, spec: NetworkSpec) -> dict[str, tuple[int, ...]]:
+    """Name → size of the parameters that the adapter of one layer holds."""
+    rank, _ = spec.rank_and_alpha(large_kernel=shape.has_large_kernel)
+    if spec.kind == "lokr":
+        return LoKr.parameter_shapes(shape, rank, spec.lokr_factor)
+    return ADAPTERS[spec.kind].parameter_shapes(shape, rank)
+
+
+def parameter_count(shape: LayerShape, spec: NetworkSpec) -> int:
+    """Trainable numbers that the adapter of one layer holds."""
+    return sum(math.prod(size) for size in parameter_shapes(shape, spec).values())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Rules:
+    """The patterns of one spec on one architecture, compiled."""
+
+    spec: NetworkSpec
+    layers: re.Pattern[str]
+    patterns: tuple[tuple[str, re.Pattern[str]], ...]
+    """(origin, expression), in the order in which they are asked."""
+
+    @classmethod
+    def of(cls, spec: NetworkSpec, architecture: Architecture) -> "_Rules":
+        targets = spec.targets
+        defaults = () if targets.mode == "whitelist" else architecture.exclude
+        origins = (
+            (DEFAULT_EXCLUDE, defaults),
+            (EXCLUDE, targets.exclude),
+            (INCLUDE, targets.include),
+        )
+        return cls(
+            spec=spec,
+            layers=re.compile(".*" if targets.mode == "whitelist" else architecture.layers),
+            patterns=tuple(
+                (origin, re.compile(pattern))
+                for origin, patterns in origins
+                for pattern in patterns
+            ),
+        )
+
+    def may_adapt(self, name: str) -> bool:
+        return self.layers.fullmatch(name) is not None
+
+    def decide(self, name: str, shape: LayerShape) -> tuple[bool, str]:
+        """(adapted, why) for one layer."""
+        if not self.may_adapt(name):
+            return False, "outside the blocks"
+        unfit = _unfit(shape, self.spec)
+        if unfit:
+            return False, unfit
+        excluded = self._first(name, (DEFAULT_EXCLUDE, EXCLUDE))
+        included = self._first(name, (INCLUDE,))
+        if self.spec.targets.mode == "whitelist":
+            if not included:
+                return False, "no include_patterns match"
+            return (False, excluded) if excluded else (True, included)
+        if excluded and included:
+            return True, f"{included} takes it back from {excluded}"
+        return (False, excluded) if excluded else (True, "in the blocks")
+
+    def counts(self, names: Sequence[str]) -> tuple[PatternCount, ...]:
+        return tuple(
+            PatternCount(
+                pattern=pattern.pattern,
+                origin=origin,
+                matches=sum(pattern.fullmatch(name) is not None for name in names),
+                near=sum(pattern.search(name) is not None for name in names),
+            )
+            for origin, pattern in self.patterns
+        )
+
+    def _first(self, name: str, origins: tuple[str, ...]) -> str:
+        """ "origin 'pattern'" of the first pattern of these origins that matches, or ""."""
+        for origin, pattern in self.patterns:
+            if origin in origins and pattern.fullmatch(name):
+                return f"{origin} {pattern.pattern!r}"
+        return ""
+
+
+def _unfit(shape: LayerShape, spec: NetworkSpec) -> str:
+    """Why a layer cannot be adapted whatever the patterns, or ""."""
+    if shape.groups != 1:
+        return f"convolution in {shape.groups} groups"
+    if shape.has_large_kernel and spec.conv_rank is None:
+        return "convolution larger than 1 × 1; set conv_dim to adapt it"
+    return ""
+
+
+def _nothing_selected(report: TargetReport, asked: list[str]) -> str:
+    if not asked:
+        return (
+            f"no layer to adapt: this model, taken for {report.architecture.title}, has no Linear "
+            f"named like {report.architecture.layers!r}; set target_mode whitelist and name the "
+            "layers in include_patterns"
+        )
+    near = [f"{c.origin} {c.pattern!r}: {c.advice}" for c in report.patterns if not c.matches]
+    hint = "; ".join(near) or "the excludes match all of them; add include_patterns"
+    return (
+        f"no layer to adapt: the patterns leave none of {len(asked)} layers such as {asked[0]!r}; "
+        + hint
+    )
