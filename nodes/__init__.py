@@ -3,9 +3,14 @@
 from comfy_api.latest import ComfyExtension, io
 from typing_extensions import override
 
-from . import live, playground
+from . import live, playground, timesteps, training, training_options
 
-NODES: list[type[io.ComfyNode]] = [*playground.NODES]
+NODES: list[type[io.ComfyNode]] = [
+    *timesteps.NODES,
+    *training.NODES,
+    *training_options.NODES,
+    *playground.NODES,
+]
 """Every node of the pack, in menu order."""
 
 
