@@ -18,7 +18,7 @@ class PlaygroundDenoiser:
     def __init__(self, model: Flux) -> None:
         self.model = model
 
-    def noised(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    def noised_input(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         return latents + t.view(-1, 1, 1, 1) * (noise - latents)
 
     def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:

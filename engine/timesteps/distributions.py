@@ -192,7 +192,7 @@ def truncated(law: Distribution, low: float, high: float) -> Distribution:
         raise ValueError(
             f"min_timestep {1000 * low:g} to max_timestep {1000 * high:g} holds {mass:.2g} of this "
             f"distribution, and preserve_distribution_shape needs at least {SMALLEST_MASS:g}: "
-            "widen the range, choose a mode that reaches it, or turn preserve_distribution_shape off"
+            "widen the range, choose a mode that reaches it, or turn the option off"
         )
     if isinstance(law, Mixture):
         masses = [part.mass(low, high) for part in law.laws]

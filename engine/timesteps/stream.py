@@ -5,6 +5,7 @@ order of the items, the batch size and an interruption do not change what an ite
 """
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,39 +15,42 @@ from torch import Tensor
 
 from .sampling import TimestepSampling
 
-_INDEPENDENT, _CYCLE, _EPOCH = 1, 2, 3
+_JITTER, _LATTICE = 1, 2
 """Which use of the seed a generator serves."""
 _LARGEST_BELOW_ONE = 1.0 - 2.0**-53
+_GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
 
 
 def epoch_pool(epoch: int, *, seed: int, item_count: int, buckets: int) -> np.ndarray:
-    """u in [0, 1) of every item in one epoch, float64 (item_count,).
+    """u in [0, 1) of every item in one epoch, float64 (item_count,); each is uniform by itself.
 
-    With buckets >= 2 the bucket counts of an epoch differ by at most one, the values inside a
-    bucket are jittered over equal parts of it, and an item meets every bucket once in each
-    `buckets` epochs (a Latin square that is reshuffled after them).
+    With buckets >= 2 the items' places x form a lattice with two properties, for any two counts:
+    in one epoch the places lie 1 / item_count apart, so the bucket counts differ by at most one;
+    over `buckets` epochs an item's own places lie 1 / buckets apart, so it meets every bucket
+    once. The shuffle and the shift of the lattice are new after that many epochs. u is then
+    uniform in the part of the bucket that is also in the item's own 1 / item_count of [0, 1).
     """
-    rng = np.random.default_rng([_EPOCH if buckets >= 2 else _INDEPENDENT, epoch, seed])
-    jitter = rng.random(item_count)
+    jitter = np.random.default_rng([_JITTER, epoch, seed]).random(item_count)
     if buckets < 2:
         return jitter
     cycle, turn = divmod(epoch, buckets)
-    shuffle = np.random.default_rng([_CYCLE, cycle, seed])
-    rank, order = shuffle.permutation(item_count), shuffle.permutation(buckets)
-    slot = (rank + turn) % buckets
-    count = np.bincount(slot, minlength=buckets)
-    place = _place_within(slot, count, rng)
-    u = (order[slot] + (place + jitter) / count[slot]) / buckets
-    return np.minimum(u, _LARGEST_BELOW_ONE)
+    shuffle = np.random.default_rng([_LATTICE, cycle, seed])
+    rank, shift = shuffle.permutation(item_count), shuffle.random()
+    step = _golden_step(buckets) * turn % buckets
+    x = (rank / item_count + step / buckets + shift) % 1.0
+    stratum, bucket = np.floor(x * item_count), np.floor(x * buckets)
+    low = np.maximum(stratum / item_count, bucket / buckets)
+    high = np.minimum((stratum + 1) / item_count, (bucket + 1) / buckets)
+    return np.minimum(low + jitter * (high - low), _LARGEST_BELOW_ONE)
 
 
-def _place_within(group: np.ndarray, count: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A random order inside each group: place 0 to count - 1 of every element."""
-    shuffled = rng.permutation(len(group))
-    grouped = shuffled[np.argsort(group[shuffled], kind="stable")]
-    place = np.empty(len(group), dtype=np.int64)
-    place[grouped] = np.arange(len(group)) - np.repeat(np.cumsum(count) - count, count)
-    return place
+def _golden_step(buckets: int) -> int:
+    """A step that visits all buckets, neighbours in time far apart (about the golden ratio), so
+    that a run of fewer epochs than buckets still spreads each item's draws."""
+    step = max(1, round(buckets * _GOLDEN))
+    while math.gcd(step, buckets) > 1:
+        step += 1
+    return step
 
 
 class TimestepStream:
@@ -76,11 +80,8 @@ class TimestepStream:
         index = np.asarray(items, dtype=np.int64)
         visits = self._visits[index]
         self._visits[index] += 1
-        epochs = set(visits.tolist())
-        if len(epochs) == 1:
-            return torch.from_numpy(self._pool(epochs.pop())[index])
         u = np.empty(len(index))
-        for epoch in epochs:
+        for epoch in np.unique(visits).tolist():
             now = visits == epoch
             u[now] = self._pool(epoch)[index[now]]
         return torch.from_numpy(u)

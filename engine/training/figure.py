@@ -1,14 +1,15 @@
 """The live picture of a run: loss against steps, with validation and what comes next."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from .history import LossHistory
+from .history import LossHistory, StepRecord, ValidationRecord
 
 INK, GRID, PAPER = "#d8dce6", "#3a4050", "#1c1f27"
 LOSS, SMOOTH, HELD_OUT = "#5b6b8c", "#6fb3ff", "#ffb454"
@@ -33,6 +34,28 @@ def draw_history(
     axes.set_title(caption, color=INK, fontsize=9, loc="left")
     canvas.draw()
     return Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba()).convert("RGB")
+
+
+def draw_loss_map(loss_map: Mapping[str, Any]) -> Image.Image:
+    """The finished run's LOSS_MAP as the same picture."""
+    losses = loss_map["loss"]
+    validations = zip(loss_map["validation_steps"], loss_map["validation_loss"], strict=True)
+    history = LossHistory(
+        [_bare_record(step, loss) for step, loss in enumerate(losses, start=1)],
+        [ValidationRecord(step=step, loss=loss, bins=()) for step, loss in validations],
+    )
+    return draw_history(history, steps=len(losses), caption=f"{len(losses)} steps")
+
+
+def _bare_record(step: int, loss: float) -> StepRecord:
+    return StepRecord(
+        step=step,
+        loss=loss,
+        gradient_norm=math.nan,
+        learning_rates=(),
+        timesteps=(),
+        sample_losses=(),
+    )
 
 
 def _draw_losses(axes, history: LossHistory, steps: int) -> None:

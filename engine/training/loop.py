@@ -150,7 +150,9 @@ class TrainingRun:
         at = t.to(self.device, torch.float32)
         with self._dropout_seeded(micro_step):
             prediction = self.denoiser.predict(
-                self.denoiser.noised(latents, noise, at), at, [item.conditioning for item in items]
+                self.denoiser.noised_input(latents, noise, at),
+                at,
+                [item.conditioning for item in items],
             )
             samples = sample_losses(
                 prediction, self.denoiser.target(latents, noise, at), self.plan.loss_type

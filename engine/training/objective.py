@@ -13,7 +13,7 @@ class Denoiser(Protocol):
     t is (B,) in [0, 1], 1 = pure noise; latents and noise are (B, C, [T], H, W).
     """
 
-    def noised(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    def noised_input(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """The latents at noise level t, float32."""
         ...
 

@@ -36,7 +36,7 @@ class Saver:
         self.checkpointing = checkpointing
         self.final: Path = folder / f"{name}.safetensors"
         self._write_adapter = write_adapter
-        self._identity = dict(identity)
+        self.identity = dict(identity)
         self._extra_state = extra_state
         self._saved: dict[int, Path] = {}
         self._best: tuple[float, int] | None = None
@@ -58,7 +58,7 @@ class Saver:
     def save_state(self, run: TrainingRun) -> Path:
         path = self._adapter_path(run.step).with_suffix(STATE_SUFFIX)
         run.optimization.set_averaged(False)
-        state = {"identity": self._identity, "run": run.state_dict(), **self._extra_state()}
+        state = {"identity": self.identity, "run": run.state_dict(), **self._extra_state()}
         write_state(path, state)
         return path
 

@@ -57,7 +57,7 @@ class Validator:
             noise = torch.randn(latents.shape, generator=generator).to(run.device)
             t = torch.tensor([level], dtype=torch.float32, device=run.device)
             prediction = run.denoiser.predict(
-                run.denoiser.noised(latents, noise, t), t, [item.conditioning]
+                run.denoiser.noised_input(latents, noise, t), t, [item.conditioning]
             )
             target = run.denoiser.target(latents, noise, t)
             yield level, float(sample_losses(prediction, target, run.plan.loss_type))
