@@ -3,12 +3,26 @@
 from comfy_api.latest import ComfyExtension, io
 from typing_extensions import override
 
-from . import live, playground, timesteps, training, training_options
+from . import (
+    checkpoints,
+    ema,
+    fp8,
+    live,
+    network,
+    playground,
+    timesteps,
+    training,
+    training_options,
+)
 
 NODES: list[type[io.ComfyNode]] = [
+    *network.NODES,
     *timesteps.NODES,
     *training.NODES,
     *training_options.NODES,
+    *checkpoints.NODES,
+    *ema.NODES,
+    *fp8.NODES,
     *playground.NODES,
 ]
 """Every node of the pack, in menu order."""

@@ -44,7 +44,7 @@ class PatternCount:
     pattern: str
     """The regular expression."""
     origin: str
-    """"default exclude", "exclude_patterns" or "include_patterns"."""
+    """`default exclude`, `exclude_patterns` or `include_patterns`."""
     matches: int
     """Layers whose whole name it matches, among those it is asked about."""
     near: int
@@ -188,7 +188,7 @@ class _Rules:
         )
 
     def _first(self, name: str, origins: tuple[str, ...]) -> str:
-        """ "origin 'pattern'" of the first pattern of these origins that matches, or ""."""
+        """Origin and pattern of the first one of these origins that matches, or ""."""
         for origin, pattern in self.patterns:
             if origin in origins and pattern.fullmatch(name):
                 return f"{origin} {pattern.pattern!r}"
