@@ -15,6 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import conftest  # noqa: E402, F401  loads the package
+
 from comfyui_braid.engine.timesteps.preview import PreviewSettings, measure_preview  # noqa: E402
 from comfyui_braid.engine.timesteps.sampling import MODES, TimestepSampling  # noqa: E402
 from comfyui_braid.engine.timesteps.stream import TimestepStream  # noqa: E402
