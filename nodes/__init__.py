@@ -3,7 +3,17 @@
 from comfy_api.latest import ComfyExtension, io
 from typing_extensions import override
 
-from . import checkpoints, ema, live, network, playground, timesteps, training, training_options
+from . import (
+    checkpoints,
+    ema,
+    fp8,
+    live,
+    network,
+    playground,
+    timesteps,
+    training,
+    training_options,
+)
 
 NODES: list[type[io.ComfyNode]] = [
     *network.NODES,
@@ -12,6 +22,7 @@ NODES: list[type[io.ComfyNode]] = [
     *training_options.NODES,
     *checkpoints.NODES,
     *ema.NODES,
+    *fp8.NODES,
     *playground.NODES,
 ]
 """Every node of the pack, in menu order."""

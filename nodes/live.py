@@ -23,7 +23,7 @@ class LiveNode:
     node_id: str
     """The class of the node, as in the public contract."""
     values: dict[str, Any]
-    """Widget values as `execute` would get them."""
+    """Widget values as `execute` would get them; None where a linked node decides at run time."""
     inputs: dict[str, "LiveNode"] = field(default_factory=dict)
     """Linked node of each linked input; nodes of other packs are left out."""
 
@@ -80,7 +80,18 @@ async def _answer(request: web.Request) -> web.Response:
         node = parse_live_node(await request.json())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return web.json_response({"error": f"not a node: {error!r}"}, status=400)
+    unknown = _linked_widget(node)
+    if unknown:
+        message = f"{unknown} comes from a linked node: run the graph to see its value here."
+        return web.json_response({"message": message})
     return web.json_response(await asyncio.to_thread(_computed, compute, node))
+
+
+def _linked_widget(node: LiveNode) -> str | None:
+    """The first widget whose value only a run can know."""
+    own = (name for name, value in node.values.items() if value is None)
+    upstream = (_linked_widget(linked) for linked in node.inputs.values())
+    return next(own, None) or next(filter(None, upstream), None)
 
 
 def _computed(compute: Callable[[LiveNode], dict[str, Any]], node: LiveNode) -> dict[str, Any]:

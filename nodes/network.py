@@ -29,7 +29,7 @@ class BraidNetwork(io.ComfyNode):
             node_id="BraidNetwork",
             display_name="LoRA Network",
             category=sockets.NETWORK,
-            description="What is trained: the kind and size of the adapter, and which layers get one.",
+            description="What is trained: kind and size of the adapter, and the layers that get one.",
             search_aliases=["lora", "loha", "lokr", "network_args", "musubi", "loraplus", "target"],
             inputs=[
                 io.Combo.Input(
@@ -44,8 +44,8 @@ class BraidNetwork(io.ComfyNode):
                     default=16,
                     min=1,
                     max=1024,
-                    tooltip="Rank: inner width of the matrices, 1 to 1024. 4 to 32 for a style or a "
-                    "subject; the file grows with it.",
+                    tooltip="Rank: inner width of the matrices, 1 to 1024. 4 to 32 for a style or "
+                    "a subject; the file grows with it.",
                 ),
                 io.Float.Input(
                     "network_alpha",
@@ -70,8 +70,8 @@ class BraidNetwork(io.ComfyNode):
                     "exclude_patterns",
                     default="",
                     multiline=True,
-                    tooltip="Layers to leave alone: one regular expression a line, or musubi's list "
-                    "[r'.*single_blocks.*']. It must match the whole layer name. Added to the "
+                    tooltip="Layers to leave alone: one regular expression a line, or musubi's "
+                    "list [r'.*single_blocks.*']. It must match the whole layer name. Added to the "
                     "model's own defaults.",
                 ),
                 io.String.Input(
@@ -79,7 +79,7 @@ class BraidNetwork(io.ComfyNode):
                     default="",
                     multiline=True,
                     tooltip="target_mode musubi: layers to take back although excluded. whitelist: "
-                    "the only layers to adapt. One regular expression a line, matching the whole name.",
+                    "the only layers to adapt. One regular expression a line, for the whole name.",
                 ),
                 io.Combo.Input(
                     "target_mode",
@@ -95,7 +95,7 @@ class BraidNetwork(io.ComfyNode):
                     max=0.99,
                     step=0.01,
                     advanced=True,
-                    tooltip="Chance, 0 to below 1, that one activation between down and up is dropped.",
+                    tooltip="Chance, 0 to below 1, that one inner activation is dropped.",
                 ),
                 io.Float.Input(
                     "rank_dropout",
@@ -104,7 +104,7 @@ class BraidNetwork(io.ComfyNode):
                     max=0.99,
                     step=0.01,
                     advanced=True,
-                    tooltip="Chance, 0 to below 1, that one of the ranks is dropped for one picture "
+                    tooltip="Chance, 0 to below 1, that one rank is dropped for one picture "
                     "of the batch. Not for lokr.",
                 ),
                 io.Float.Input(
@@ -195,8 +195,8 @@ class BraidSaveLora(io.ComfyNode):
                     "key_format",
                     options=list(KEY_FORMATS),
                     default="comfyui",
-                    tooltip="Names in the file. comfyui: loads in ComfyUI for every model. kohya: as "
-                    "kohya's and musubi-tuner's files. diffusers: PEFT, as diffusers' "
+                    tooltip="Names in the file. comfyui: loads in ComfyUI for every model. kohya: "
+                    "as kohya's and musubi-tuner's files. diffusers: PEFT, as diffusers' "
                     "load_lora_weights takes it (LoRA only; alpha is folded in).",
                 ),
                 io.Combo.Input(
@@ -217,7 +217,7 @@ class BraidSaveLora(io.ComfyNode):
                 io.Model.Input(
                     "model",
                     optional=True,
-                    tooltip="The model that the LoRA was trained on. Only for a LoRA from elsewhere "
+                    tooltip="The model that the LoRA was trained on; only for a LoRA from elsewhere "
                     "whose names must be translated.",
                 ),
             ],

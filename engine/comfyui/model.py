@@ -15,7 +15,7 @@ def diffusion_model_of(patcher: comfy.model_patcher.ModelPatcher) -> nn.Module:
 
 
 def architecture_of(patcher: comfy.model_patcher.ModelPatcher) -> Architecture:
-    """The row of the table that ComfyUI's own detection fits; for an unknown one, under its name."""
+    """The row of the table that ComfyUI's detection fits; for none, the default under its name."""
     architecture = architectures.architecture_of(patcher.model.model_config.unet_config)
     if architecture is architectures.DEFAULT:
         return dataclasses.replace(architecture, title=type(patcher.model).__name__)

@@ -113,7 +113,7 @@ def load_weights(network: Network, weights: Mapping[str, AdapterWeights]) -> Non
 def cast(
     state: Mapping[str, Tensor], key_format: KeyFormat, save_precision: str
 ) -> dict[str, Tensor]:
-    """`state` in the number format `save_precision`; alphas stay exact, except in kohya's format."""
+    """`state` in the number format `save_precision`; alphas stay exact but in kohya's format."""
     dtype = SAVE_PRECISIONS[save_precision]
     return {
         key: tensor

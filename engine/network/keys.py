@@ -140,9 +140,9 @@ def converted(
 ) -> dict[str, Tensor]:
     """A state dict in any format, in `key_format`.
 
-    From ComfyUI's format to kohya's only the keys change, whatever the tensors are; diffusers' takes
-    the architecture. Keys that do not spell ComfyUI's dotted names take the `layers` of the model as
-    well. ValueError when what it takes is None.
+    From ComfyUI's format to kohya's only the keys change, whatever the tensors are; diffusers'
+    takes the architecture. Keys that do not spell ComfyUI's dotted names take the `layers` of the
+    model as well. ValueError when what it takes is None.
     """
     given = format_of(state)
     if given == key_format:
@@ -164,7 +164,7 @@ def converted(
 
 
 def _spelled(state: Mapping[str, Tensor]) -> dict[str, AdapterWeights]:
-    """Dotted layer name → weights of a state dict in ComfyUI's format, whose keys spell the names."""
+    """Dotted layer name → weights of a state dict in ComfyUI's format, which spells the names."""
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state.items():
         stem, suffix = _stem_and_suffix(key)

@@ -17,7 +17,7 @@ EXAMPLES = PACK / "example_workflows"
 DYNAMIC_COMBO = "COMFY_DYNAMICCOMBO_V3"
 WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", DYNAMIC_COMBO}
 NOTES = {"Note", "MarkdownNote"}
-SLOT_HEIGHT, WIDGET_HEIGHT, TITLE_HEIGHT = 20, 24, 30
+TITLE_HEIGHT, GAP = 30, 20
 
 
 def read_workflow(path: Path) -> dict:
@@ -72,18 +72,30 @@ def _is_widget(kind: Any, options: dict) -> bool:
 
 
 @dataclass
+class Column:
+    """Nodes below one another in one coloured group."""
+
+    title: str
+    color: str
+    width: int
+    nodes: list[dict] = field(default_factory=list)
+
+
+@dataclass
 class Graph:
-    """A workflow while it is being described."""
+    """A workflow while it is being described: columns from left to right."""
 
     object_info: dict
     nodes: list[dict] = field(default_factory=list)
     links: list[list] = field(default_factory=list)
-    groups: list[dict] = field(default_factory=list)
+    columns: list[Column] = field(default_factory=list)
 
-    def add(
-        self, kind: str, x: int, y: int, width: int = 320, height: int = 0, title: str = "", **given
-    ) -> "Node":
-        """A node of type `kind` at (x, y); `given` are widget values or (Node, output) links.
+    def column(self, title: str, color: str, width: int = 360) -> None:
+        """Begin a new column; what is added next goes into it."""
+        self.columns.append(Column(title, color, width))
+
+    def add(self, kind: str, height: int = 0, /, *, title: str = "", **given) -> "Node":
+        """A node of type `kind`; `given` are widget values or links such as node["output"].
 
         A field of a DynamicCombo is written with two underscores: rule__threshold=0.1.
         """
@@ -93,75 +105,69 @@ class Graph:
         unknown = set(given) - names
         if unknown:
             raise ValueError(f"{kind} has no input {sorted(unknown)}; it has {sorted(names)}")
-        rows = max(len(sockets), len(info["output"])) * SLOT_HEIGHT + len(values) * WIDGET_HEIGHT
-        node = {
-            "id": len(self.nodes) + 1,
-            "type": kind,
-            "pos": [x, y],
-            "size": [width, height or rows + TITLE_HEIGHT],
-            "flags": {},
-            "order": len(self.nodes),
-            "mode": 0,
-            "inputs": sockets,
-            "outputs": [
-                {"name": name, "type": kind_, "links": []}
-                for name, kind_ in zip(info["output_name"], info["output"], strict=True)
-            ],
-            "properties": {"Node name for S&R": kind},
-            "widgets_values": values,
-        }
+        outputs = zip(info["output_name"], info["output"], strict=True)
+        node = self._append(kind, height, values)
+        node["inputs"] = sockets
+        node["outputs"] = [{"name": name, "type": type_, "links": []} for name, type_ in outputs]
+        node["properties"] = {"Node name for S&R": kind}
         if title:
             node["title"] = title
-        self.nodes.append(node)
         for slot, socket in enumerate(sockets):
             source = given.get(socket["name"])
             if source is not None:
                 self._link(*source, node, slot)
         return Node(node)
 
-    def note(self, text: str, x: int, y: int, width: int = 320, height: int = 160) -> None:
-        self.nodes.append(
-            {
-                "id": len(self.nodes) + 1,
-                "type": "MarkdownNote",
-                "pos": [x, y],
-                "size": [width, height],
-                "flags": {},
-                "order": len(self.nodes),
-                "mode": 0,
-                "inputs": [],
-                "outputs": [],
-                "properties": {},
-                "widgets_values": [text],
-                "color": "#432",
-                "bgcolor": "#653",
-            }
-        )
+    def note(self, text: str, height: int = 160) -> None:
+        """A note in Markdown."""
+        node = self._append("MarkdownNote", height, [text])
+        node |= {"color": "#432", "bgcolor": "#653"}
 
-    def group(self, title: str, x: int, y: int, width: int, height: int, color: str) -> None:
-        self.groups.append(
-            {
-                "id": len(self.groups) + 1,
-                "title": title,
-                "bounding": [x, y, width, height],
-                "color": color,
-                "font_size": 24,
-                "flags": {},
-            }
-        )
+    def lay_out(self, measured: dict[int, tuple[float, float]]) -> None:
+        """Stack the nodes of each column; `measured` is the (width, height) of each node by id."""
+        x = 0.0
+        for column in self.columns:
+            y, width = 0.0, float(column.width)
+            for node in column.nodes:
+                width = max(width, measured[node["id"]][0])
+            for node in column.nodes:
+                height = max(node["size"][1], measured[node["id"]][1])
+                node["pos"], node["size"] = [x, y], [width, height]
+                y += height + TITLE_HEIGHT + GAP
+            x += width + 3 * GAP
 
-    def write(self, path: Path) -> None:
-        workflow = {
+    def to_json(self) -> dict:
+        return {
             "last_node_id": len(self.nodes),
             "last_link_id": len(self.links),
             "nodes": self.nodes,
             "links": self.links,
-            "groups": self.groups,
+            "groups": [_group(i, column) for i, column in enumerate(self.columns, 1)],
             "config": {},
-            "extra": {"ds": {"scale": 0.7, "offset": [80, 80]}},
+            "extra": {"ds": {"scale": 0.6, "offset": [120, 160]}},
             "version": 0.4,
         }
-        path.write_text(json.dumps(workflow, indent=1) + "\n")
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(self.to_json(), indent=1) + "\n")
+
+    def _append(self, kind: str, height: int, values: list) -> dict:
+        node = {
+            "id": len(self.nodes) + 1,
+            "type": kind,
+            "pos": [0, 0],
+            "size": [self.columns[-1].width, height],
+            "flags": {},
+            "order": len(self.nodes),
+            "mode": 0,
+            "inputs": [],
+            "outputs": [],
+            "properties": {},
+            "widgets_values": values,
+        }
+        self.nodes.append(node)
+        self.columns[-1].nodes.append(node)
+        return node
 
     def _fill(self, info: dict, given: dict) -> tuple[set[str], list, list[dict]]:
         """(all input names, widget values in order, sockets)."""
@@ -203,6 +209,22 @@ class Node:
 
     def __getitem__(self, output: str) -> tuple["Node", str]:
         return self, output
+
+
+def _group(number: int, column: Column) -> dict:
+    """The coloured frame around a laid-out column."""
+    left = min(node["pos"][0] for node in column.nodes)
+    width = max(node["size"][0] for node in column.nodes)
+    bottom = max(node["pos"][1] + node["size"][1] for node in column.nodes)
+    top = -TITLE_HEIGHT - 3 * GAP
+    return {
+        "id": number,
+        "title": column.title,
+        "bounding": [left - GAP, top, width + 2 * GAP, bottom - top + GAP],
+        "color": column.color,
+        "font_size": 24,
+        "flags": {},
+    }
 
 
 def _default(kind: Any, options: dict) -> Any:
