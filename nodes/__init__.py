@@ -3,12 +3,13 @@
 from comfy_api.latest import ComfyExtension, io
 from typing_extensions import override
 
-from . import live, playground, timesteps, training, training_options
+from . import live, magcache, playground, timesteps, training, training_options
 
 NODES: list[type[io.ComfyNode]] = [
     *timesteps.NODES,
     *training.NODES,
     *training_options.NODES,
+    *magcache.NODES,
     *playground.NODES,
 ]
 """Every node of the pack, in menu order."""
