@@ -8,8 +8,8 @@ made under inference mode as in the executor, float32, batch 1; rank 16 on the s
 Core's code is run as it is (`TrainLoraNode.execute`), given our layers and torch's attention; "all"
 is what it does by itself: every weight, bias and norm.
 
-"saved": bytes of distinct storages that autograd keeps at the end of forward, adapters and base left
-out; for core, whose checkpoint hides its graph, those of the graph it builds again in backward.
+"saved": bytes of distinct storages that autograd keeps at the end of forward, without adapters and
+base; for core, whose checkpoint hides its graph, those of the graph it builds again in backward.
 "RAM": growth of the process at the start of training, the largest of all rounds.
 """
 
