@@ -5,7 +5,7 @@ import comfy.supported_models
 import pytest
 import tiny_models
 import torch
-from denoiser_cases import gradients, relative_error
+from denoiser_cases import batch, gradients, loss_of, relative_error, training
 from test_denoiser_gradients import plain_autograd
 from test_denoiser_session import sampled, state_of
 from tiny_models import FLUX, TinyModel, build
@@ -114,7 +114,7 @@ MORE = {
         ),
         (128, 3, 4, 4),
         64,
-        extra_cond={"attention_mask": torch.ones(1, 6)},
+        extra_cond={"attention_mask": torch.ones(1, 6, dtype=torch.long)},
     ),
 }
 
@@ -145,3 +145,12 @@ def test_the_model_is_left_as_it_was(name):
     gradients(patcher, name, gradient_checkpointing=True)
     assert state_of(patcher) == state and not mm.in_training
     assert torch.equal(sampled(patcher, name), before)
+
+
+def test_a_model_that_adds_in_place_to_an_adapters_input_is_guarded():
+    """LTXV's cross attention reads the residual stream unnormed, then the block adds to it."""
+    with training(build("ltxv"), everything=True) as (denoiser, _):
+        assert not torch.autograd.graph._allow_mutation_on_saved_tensors_enabled
+        loss_of(denoiser, *batch(denoiser, "ltxv")).backward()
+        assert torch.autograd.graph._allow_mutation_on_saved_tensors_enabled
+    assert not torch.autograd.graph._allow_mutation_on_saved_tensors_enabled
