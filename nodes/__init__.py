@@ -3,9 +3,30 @@
 from comfy_api.latest import ComfyExtension, io
 from typing_extensions import override
 
-from . import live
+from . import (
+    checkpoints,
+    ema,
+    fp8,
+    live,
+    magcache,
+    network,
+    playground,
+    timesteps,
+    training,
+    training_options,
+)
 
-NODES: list[type[io.ComfyNode]] = []
+NODES: list[type[io.ComfyNode]] = [
+    *network.NODES,
+    *timesteps.NODES,
+    *training.NODES,
+    *training_options.NODES,
+    *checkpoints.NODES,
+    *ema.NODES,
+    *fp8.NODES,
+    *magcache.NODES,
+    *playground.NODES,
+]
 """Every node of the pack, in menu order."""
 
 

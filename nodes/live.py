@@ -1,21 +1,74 @@
-"""The routes that the live charts ask while a widget moves; the only file that imports `server`.
+"""The route that the live charts ask while a widget moves; the only file that imports `server`.
 
-POST /braid/live/<noun> with the widget values of a node answers the numbers to draw, or
-{"error": sentence} where the node itself would raise that sentence.
+POST /braid/live/<noun> with a node as the browser sees it answers the numbers that
+`web/<noun>/chart.js` draws, or {"error": sentence} where the node itself would raise it.
+A second chart is one function in LIVE, one chart module, and one row in web/extension.js.
 """
 
 import asyncio
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from aiohttp import web
 
-LIVE: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {}
-"""noun -> function from widget values to the JSON that `web/<noun>/` draws."""
+logger = logging.getLogger("comfyui_braid.live")
+
+
+class DecidedByTheRunError(ValueError):
+    """A chart needs a widget whose value comes from a linked node."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LiveNode:
+    """A node of the open graph: its widgets, and the Braid nodes linked to its inputs."""
+
+    node_id: str
+    """The class of the node, as in the public contract."""
+    widgets: dict[str, Any]
+    """Widget values, dynamic combos nested; None where a linked node decides at run time."""
+    inputs: dict[str, "LiveNode"] = field(default_factory=dict)
+    """Linked node of each linked input; nodes of other packs are left out."""
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """Widget values as `execute` would get them; DecidedByTheRunError where one is unknown."""
+        for name, value in self.widgets.items():
+            if value is None or (isinstance(value, dict) and None in value.values()):
+                raise DecidedByTheRunError(
+                    f"{name} comes from a linked node: run the graph to see its effect here."
+                )
+        return self.widgets
+
+
+LIVE: dict[str, Callable[[LiveNode], dict[str, Any]]] = {}
+"""noun -> function from a node to the JSON that `web/<noun>/chart.js` draws."""
+
+
+def parse_live_node(body: Mapping[str, Any]) -> LiveNode:
+    """The browser's JSON (node_id, values, inputs) as a LiveNode."""
+    return LiveNode(
+        node_id=body["node_id"],
+        widgets=_nested(body["values"]),
+        inputs={name: parse_live_node(linked) for name, linked in body["inputs"].items()},
+    )
+
+
+def _nested(widgets: Mapping[str, Any]) -> dict[str, Any]:
+    """`combo` and `combo.field`, as a dynamic combo's widgets are called, as one dict."""
+    values = {name: value for name, value in widgets.items() if "." not in name}
+    for name, value in widgets.items():
+        combo, _, inner = name.partition(".")
+        if inner and not isinstance(values[combo], dict):
+            values[combo] = {combo: values[combo]}
+        if inner:
+            values[combo][inner] = value
+    return values
 
 
 def add_routes() -> None:
-    """Register the live routes with the running ComfyUI server, if there is one."""
+    """Register the live route with the running ComfyUI server, if there is one."""
     from server import PromptServer
 
     if not hasattr(PromptServer, "instance"):
@@ -23,14 +76,34 @@ def add_routes() -> None:
     PromptServer.instance.routes.post("/braid/live/{noun}")(_answer)
 
 
+def say(node_id: str | None, text: str) -> None:
+    """Show one line of text at a running node."""
+    from server import PromptServer
+
+    if node_id is not None and hasattr(PromptServer, "instance"):
+        PromptServer.instance.send_progress_text(text, node_id)
+
+
 async def _answer(request: web.Request) -> web.Response:
     compute = LIVE.get(request.match_info["noun"])
     if compute is None:
-        return web.json_response(
-            {"error": f"unknown chart {request.match_info['noun']!r}"}, status=404
-        )
-    values = await request.json()
+        known = ", ".join(sorted(LIVE))
+        error = f"unknown chart {request.match_info['noun']!r}; known: {known}"
+        return web.json_response({"error": error}, status=404)
     try:
-        return web.json_response(await asyncio.to_thread(compute, values))
-    except (ValueError, KeyError, TypeError) as error:
-        return web.json_response({"error": str(error)})
+        node = parse_live_node(await request.json())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return web.json_response({"error": f"not a node: {error!r}"}, status=400)
+    return web.json_response(await asyncio.to_thread(_computed, compute, node))
+
+
+def _computed(compute: Callable[[LiveNode], dict[str, Any]], node: LiveNode) -> dict[str, Any]:
+    try:
+        return compute(node)
+    except DecidedByTheRunError as message:
+        return {"message": str(message)}
+    except (ValueError, FileNotFoundError) as error:
+        return {"error": str(error)}
+    except (KeyError, TypeError) as error:
+        logger.debug("live chart of %s", node, exc_info=True)
+        return {"error": f"{node.node_id} lacks a value or has one of the wrong kind: {error}"}

@@ -7,7 +7,7 @@ are ComfyUI's, dotted from the root of the diffusion model; the patterns were ch
 Where the defaults differ from musubi-tuner's, on purpose:
   Qwen-Image, HunyuanVideo 1.5   musubi's patterns (`.*(_mod_).*`, `.*(_in).*`) were written for
                                  names with underscores and never match, so that it trains the
-                                 modulation layers by accident; here they are excluded, as elsewhere.
+                                 modulation layers by accident; here they are excluded.
   FLUX, FLUX.2                   giving exclude_patterns never switches the defaults off.
   Wan, `norm`, `_in`, `head` …   patterns that could only match outside the blocks are left out.
 """

@@ -1,0 +1,39 @@
+# Everything sets itself up in .venv; no root, no GPU, package registries only.
+PYTHON ?= python3
+BIN := .venv/bin
+COMFYUI := $(shell cd tests && $(PYTHON) -c "from host.find import find_comfyui; print(find_comfyui() or '')" 2>/dev/null)
+
+.PHONY: demo test demo-comfyui bench lint clean
+
+demo: .venv/demo.ready  ## The main job without ComfyUI: train, average, quantise, cache; ends with a report page
+	$(BIN)/python -m comfyui_braid.engine.playground.demo
+
+test: .venv/test.ready  ## The whole suite; parts that need a ComfyUI or chromium say so when they are skipped
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest
+
+demo-comfyui: .venv/test.ready  ## Run the example workflow in a real ComfyUI over its API
+	cd tests && ../$(BIN)/python -m host.demo
+
+bench: .venv/test.ready  ## Ratios measured side by side, one thread
+	for bench in tests/bench/bench_*.py; do OMP_NUM_THREADS=1 $(BIN)/python $$bench || exit 1; done
+
+lint: .venv/test.ready
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+clean:
+	rm -rf .venv demo_report
+
+.venv/demo.ready: tests/requirements.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -r tests/requirements.txt
+	$(BIN)/pip install -q --no-deps -e .
+	touch $@
+
+.venv/test.ready: .venv/demo.ready tests/requirements-test.txt
+	$(BIN)/pip install -q -r tests/requirements-test.txt
+ifneq ($(COMFYUI),)
+	cd tests && ../$(BIN)/python -m host.requirements > ../.venv/comfyui-requirements.txt
+	$(BIN)/pip install -q -r .venv/comfyui-requirements.txt
+endif
+	touch $@

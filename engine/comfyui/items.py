@@ -1,0 +1,50 @@
+"""Latents and conditioning, as core's dataset nodes give them, paired into single items."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+Pair = tuple[Tensor, list]
+"""(samples (1, C, [T], H, W), one CONDITIONING)."""
+
+
+def pair_items(latents: Sequence[dict[str, Any]], positive: Sequence[list]) -> list[Pair]:
+    """One pair per picture or clip; ValueError when the two lists do not fit.
+
+    Understands Make Training Dataset (one latent and one conditioning each), Resolution Bucket
+    (a batch of latents with a list of its entries), one latent batch with one conditioning list,
+    and one conditioning for all.
+    """
+    singles = [sample[None] for latent in latents for sample in latent["samples"]]
+    if not singles:
+        raise ValueError("latents is empty; connect at least one latent to train on")
+    shared = _one_for_all(positive)
+    if shared is not None:
+        return [(sample, shared) for sample in singles]
+    if len(positive) == len(latents):
+        per_latent = [
+            _spread(conditioning, len(latent["samples"]))
+            for conditioning, latent in zip(positive, latents, strict=True)
+        ]
+        if all(per_latent):
+            entries = [entry for entries in per_latent for entry in entries]
+            return list(zip(singles, entries, strict=True))
+    entries = [[entry] for conditioning in positive for entry in conditioning]
+    if len(entries) != len(singles):
+        raise ValueError(
+            f"there are {len(singles)} latents but {len(entries)} conditionings; give one "
+            "conditioning per latent, or exactly one for all"
+        )
+    return list(zip(singles, entries, strict=True))
+
+
+def _one_for_all(positive: Sequence[list]) -> list | None:
+    return positive[0] if len(positive) == 1 and len(positive[0]) == 1 else None
+
+
+def _spread(conditioning: list, count: int) -> list[list] | None:
+    """One CONDITIONING for each of `count` latents of a batch; None when they do not fit."""
+    if len(conditioning) == count:
+        return [[entry] for entry in conditioning]
+    return [conditioning] * count if len(conditioning) == 1 else None

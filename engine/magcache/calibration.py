@@ -1,0 +1,141 @@
+"""From the residuals of a full run to a plan: ratio, spread, cosine distance, inner products."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .plan import Conditions, Curve, MagCachePlan, averaged
+
+SKETCH_ELEMENTS = 1 << 18
+"""Elements of the fixed random sample that inner products are taken on; 0.2 % relative error."""
+
+
+def consecutive_change(previous: Tensor, current: Tensor, channel_dim: int) -> Tensor:
+    """(3,) ratio, spread and cosine distance of `current` over `previous`, token by token.
+
+    norm_ratio = mean(|cur| / |prev|), norm_std its unbiased standard deviation, cos_dis =
+    mean(1 - cos), with norms over `channel_dim` (musubi-tuner and the authors; behaviour 8.4).
+    Tokens whose previous residual is zero say nothing about a ratio and are left out.
+    """
+    previous, current = previous.float(), current.float()
+    before = torch.linalg.vector_norm(previous, dim=channel_dim)
+    after = torch.linalg.vector_norm(current, dim=channel_dim)
+    known = before > 0
+    count = known.sum().clamp(min=1)
+    ratio = torch.where(known, after / torch.where(known, before, 1.0), 0.0)
+    mean = torch.where(known.any(), ratio.sum() / count, 1.0)
+    variance = torch.where(known, (ratio - mean) ** 2, 0.0).sum() / (count - 1).clamp(min=1)
+    cosine = torch.nn.functional.cosine_similarity(current, previous, dim=channel_dim, eps=1e-8)
+    return torch.stack((mean, variance.sqrt(), (1.0 - cosine).mean()))
+
+
+def sketch_index(elements: int) -> Tensor | None:
+    """Positions of the sampled elements, the same for every step; None takes all of them."""
+    if elements <= SKETCH_ELEMENTS:
+        return None
+    generator = torch.Generator().manual_seed(elements)
+    return torch.randint(elements, (SKETCH_ELEMENTS,), generator=generator)
+
+
+class ResidualRecorder:
+    """Collects one conditioning's residuals step by step; keeps the last, and small samples."""
+
+    def __init__(self, label: str, channel_dim: int) -> None:
+        self.label = label
+        self.channel_dim = channel_dim
+        self._previous: Tensor | None = None
+        self._changes: list[Tensor] = []
+        self._samples: list[Tensor] = []
+        self._index: Tensor | None = None
+
+    def add(self, residual: Tensor) -> None:
+        """The residual of the next step, (B, C, ...) or (B, L, D) with `channel_dim` as told."""
+        if self._previous is not None and self._previous.shape == residual.shape:
+            self._changes.append(consecutive_change(self._previous, residual, self.channel_dim))
+        if not self._samples:
+            index = sketch_index(residual.numel())
+            self._index = index if index is None else index.to(residual.device)
+        flat = residual.detach().reshape(-1)
+        self._samples.append((flat if self._index is None else flat[self._index]).float().cpu())
+        self._previous = residual.detach().clone()
+
+    @property
+    def steps(self) -> int:
+        """Residuals taken so far."""
+        return len(self._samples)
+
+    def curve(self) -> Curve:
+        """The curve of the steps taken, rounded to 5 decimals as musubi does."""
+        changes = [change.tolist() for change in self._changes]
+        ratios, spread, cosine = zip((1.0, 0.0, 0.0), *changes, strict=True)
+        return Curve(
+            label=self.label,
+            ratios=tuple(max(round(ratio, 5), 1e-5) for ratio in ratios),
+            spread=tuple(round(value, 5) for value in spread),
+            cosine_distance=tuple(round(max(value, 0.0), 7) for value in cosine),
+        )
+
+    def inner_products(self) -> tuple[tuple[float, ...], ...]:
+        """Lower triangle of <r_i, r_j> / elements, in double precision."""
+        samples = torch.stack(self._samples).double()
+        products = (samples @ samples.T / samples.shape[1]).tolist()
+        return tuple(tuple(row[: index + 1]) for index, row in enumerate(products))
+
+
+def average_plans(plans: Sequence[MagCachePlan]) -> MagCachePlan:
+    """The mean of calibrations that were measured under the same steps and conditionings.
+
+    ValueError when their steps or conditionings differ; the other conditions are the last one's.
+    """
+    last = plans[-1]
+    if len(plans) == 1:
+        return last
+    labels = {tuple(curve.label for curve in plan.curves) for plan in plans}
+    if len(labels) > 1 or len({plan.conditions.sigmas for plan in plans}) > 1:
+        raise ValueError("calibrations of different steps or conditionings cannot be averaged")
+    return MagCachePlan(
+        name=last.name,
+        conditions=last.conditions,
+        curves=tuple(
+            _average_curve(curves) for curves in zip(*(p.curves for p in plans), strict=True)
+        ),
+        inner_products=tuple(
+            averaged(rows) for rows in zip(*(p.inner_products for p in plans), strict=True)
+        ),
+        sections=tuple(plan.curves[0].ratios for plan in plans),
+        source=f"{last.source}, mean of {len(plans)} runs",
+        note=last.note,
+    )
+
+
+def _average_curve(curves: Sequence[Curve]) -> Curve:
+    return Curve(
+        label=curves[0].label,
+        ratios=averaged([curve.ratios for curve in curves]),
+        spread=averaged([curve.spread for curve in curves]),
+        cosine_distance=averaged([curve.cosine_distance for curve in curves]),
+    )
+
+
+def calibrated_plan(
+    name: str,
+    conditions: Conditions,
+    recorders: Sequence[ResidualRecorder],
+    cached: Sequence[ResidualRecorder],
+    source: str,
+) -> MagCachePlan:
+    """The plan of one full run.
+
+    `recorders`: one per conditioning, for the ratios. `cached`: whose inner products the planned
+    rule reads; for a cached velocity that is the guided prediction alone, because the line
+    through two predictions is linear and so commutes with guidance.
+    """
+    triangles = [recorder.inner_products() for recorder in cached]
+    return MagCachePlan(
+        name=name,
+        conditions=conditions,
+        curves=tuple(recorder.curve() for recorder in recorders),
+        inner_products=tuple(averaged(rows) for rows in zip(*triangles, strict=True)),
+        source=source,
+    )

@@ -1,0 +1,234 @@
+"""From a plan and a run's noise levels to the steps it will skip; decided once, before it runs."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .curve import cumulative_ratios, nearest_ratios, resampled_sigmas
+from .plan import MagCachePlan
+from .rules import MagCacheRule, PlannedRule, Rule, accumulated_errors
+from .shortest_path import (
+    Array,
+    computed_steps,
+    full_matrix,
+    gathered_errors,
+    interpolation_weights,
+    jump_costs,
+    least_error_paths,
+    prediction_errors,
+)
+
+FEW_STEPS = 10
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Schedule:
+    """Which steps of one run are computed and which are predicted."""
+
+    sigmas: tuple[float, ...]
+    """The steps + 1 noise levels of the run."""
+    skipped: tuple[int, ...]
+    """Step indices that are not computed, rising."""
+    accumulated: tuple[float, ...]
+    """At every step the error gathered since the last computed one; 0 where it is computed. Sum of
+    |1 - ratio| for the paper's rule, weighted RMS prediction error for a planned schedule."""
+    error: float
+    """Planned: predicted RMS error of the final latent (of the hidden state, for a calibration of
+    blocks). Paper's rule: largest accumulated error."""
+    predicted_rms: float | None
+    """Predicted RMS error of the final latent in latent units; None without a calibration of it."""
+    planned: bool
+    """True for the planned rule, False for the paper's."""
+    extrapolate: bool
+    """True when skipped steps lie on the line through the last two computed ones."""
+    warnings: tuple[str, ...] = ()
+    """Sentences for the user."""
+
+    @property
+    def steps(self) -> int:
+        """Number of steps."""
+        return len(self.sigmas) - 1
+
+    @property
+    def computed(self) -> int:
+        """Number of steps that call the model."""
+        return self.steps - len(self.skipped)
+
+    @property
+    def speedup(self) -> float:
+        """Steps over computed steps."""
+        return self.steps / max(self.computed, 1)
+
+
+def plan_schedule(
+    plan: MagCachePlan,
+    sigmas: Sequence[float],
+    rule: Rule,
+    allowed: Sequence[bool] | None = None,
+    knots: Sequence[float] | None = None,
+) -> Schedule:
+    """The schedule of one run.
+
+    `sigmas`: the run's steps + 1 noise levels, falling. `allowed`: steps that may be skipped
+    (default all). `knots`: where the ratios of a plan without its own noise levels lie; by
+    default the run's schedule resampled to the plan's number of steps. ValueError when `planned`
+    has no calibration.
+    """
+    sigmas = tuple(float(sigma) for sigma in sigmas)
+    steps = len(sigmas) - 1
+    allowed = [True] * steps if allowed is None else list(allowed)
+    warnings = list(_few_steps(steps, rule))
+    if isinstance(rule, PlannedRule) and not plan.calibrated:
+        raise ValueError(
+            f"rule 'planned' needs a calibration, and {plan.name!r} is a list of ratios: run "
+            "MagCache "
+            "Calibrate once and connect its plan, or choose rule 'magcache'"
+        )
+    if rule.off or steps < 2 or not any(allowed):
+        return _nothing_skipped(sigmas, warnings)
+    if isinstance(rule, PlannedRule):
+        return _planned(plan, sigmas, rule, allowed, warnings)
+    return _magcache(plan, sigmas, rule, allowed, knots, warnings)
+
+
+def _few_steps(steps: int, rule: Rule) -> list[str]:
+    if steps > FEW_STEPS or rule.off:
+        return []
+    return [
+        f"{steps} steps are few (a distilled model?): neighbouring steps differ too much there for "
+        "skipping to pay; turn the cache off, or compare with fewer steps"
+    ]
+
+
+def _nothing_skipped(sigmas: tuple[float, ...], warnings: list[str]) -> Schedule:
+    return Schedule(
+        sigmas=sigmas,
+        skipped=(),
+        accumulated=(0.0,) * (len(sigmas) - 1),
+        error=0.0,
+        predicted_rms=0.0,
+        planned=False,
+        extrapolate=False,
+        warnings=tuple(warnings),
+    )
+
+
+def run_ratios(
+    plan: MagCachePlan,
+    sigmas: Sequence[float],
+    interpolation: str,
+    knots: Sequence[float] | None = None,
+) -> list[list[float]]:
+    """Each curve's ratio of every run step to the one before, by the chosen interpolation."""
+    steps = len(sigmas) - 1
+    if interpolation == "nearest":
+        return [nearest_ratios(curve.ratios, steps) for curve in plan.curves]
+    measured = plan.conditions.sigmas or knots or resampled_sigmas(sigmas, plan.conditions.steps)
+    measured = measured[: plan.conditions.steps]
+    return [cumulative_ratios(curve.ratios, measured, sigmas[:-1]) for curve in plan.curves]
+
+
+def _magcache(
+    plan: MagCachePlan,
+    sigmas: tuple[float, ...],
+    rule: MagCacheRule,
+    allowed: list[bool],
+    knots: Sequence[float] | None,
+    warnings: list[str],
+) -> Schedule:
+    ratios = run_ratios(plan, sigmas, rule.interpolation, knots)
+    skipped, errors = accumulated_errors(ratios, rule, allowed)
+    return Schedule(
+        sigmas=sigmas,
+        skipped=tuple(skipped),
+        accumulated=tuple(errors),
+        error=max(errors),
+        predicted_rms=_predicted_rms(plan, sigmas, skipped) if _of_latents(plan) else None,
+        planned=False,
+        extrapolate=False,
+        warnings=tuple(warnings),
+    )
+
+
+def _of_latents(plan: MagCachePlan) -> bool:
+    """True when the calibration's errors are errors of the latent, not of hidden states."""
+    return plan.calibrated and plan.conditions.measure == "latent"
+
+
+def _predicted_rms(plan: MagCachePlan, sigmas: Sequence[float], skipped: Sequence[int]) -> float:
+    steps = len(sigmas) - 1
+    computed = [step for step in range(steps) if step not in set(skipped)]
+    reach = max((b - a for a, b in zip(computed, computed[1:], strict=False)), default=1)
+    errors, weights = _errors(plan, sigmas, reach, extrapolate=False)
+    gathered = gathered_errors(errors, weights, computed)
+    ends = [after - 1 for after in computed[1:]]
+    return math.fsum(gathered[end] for end in ends)
+
+
+def _errors(
+    plan: MagCachePlan, sigmas: Sequence[float], reach: int, extrapolate: bool
+) -> tuple[Array, Array]:
+    """Prediction errors of the run's steps, and what each costs the final latent to first order.
+
+    An error e of the velocity over one step moves the latent by e |d sigma|; an error of the
+    denoised latent is an error e / sigma of the velocity.
+    """
+    at = np.asarray(sigmas)
+    interpolate = interpolation_weights(plan.conditions.sigmas[:-1], at[:-1])
+    inner = interpolate @ full_matrix(plan.inner_products) @ interpolate.T
+    weights = np.abs(np.diff(at))
+    if plan.conditions.quantity == "denoised":
+        weights = weights / np.maximum(at[:-1], 1e-6)
+    return prediction_errors(inner, at[:-1], reach, extrapolate), weights
+
+
+def _planned(
+    plan: MagCachePlan,
+    sigmas: tuple[float, ...],
+    rule: PlannedRule,
+    allowed: list[bool],
+    warnings: list[str],
+) -> Schedule:
+    steps = len(sigmas) - 1
+    warmup = min(rule.warmup, steps)
+    may_skip = np.array(allowed)
+    may_skip[:warmup] = False
+    may_skip[-1] = False
+    errors, weights = _errors(plan, sigmas, rule.k, rule.predict == "extrapolate")
+    costs = jump_costs(errors, weights, may_skip)
+    least, came_from = least_error_paths(costs, warmup)
+    gap, evaluations = _choose(least[-1], steps, rule)
+    reached = steps / evaluations
+    if rule.max_error == 0 and reached < rule.speedup * 0.999:
+        warnings.append(
+            f"speedup {rule.speedup:g} cannot be reached in {steps} steps with warmup_steps "
+            f"{rule.warmup}, k {rule.k} and this range: {reached:.2f} instead"
+        )
+    computed = computed_steps(came_from, gap, evaluations)
+    return Schedule(
+        sigmas=sigmas,
+        skipped=tuple(step for step in range(steps) if step not in set(computed)),
+        accumulated=gathered_errors(errors, weights, computed),
+        error=float(least[-1, gap, evaluations]),
+        predicted_rms=float(least[-1, gap, evaluations]) if _of_latents(plan) else None,
+        planned=True,
+        extrapolate=rule.predict == "extrapolate",
+        warnings=tuple(warnings),
+    )
+
+
+def _choose(at_end: Array, steps: int, rule: PlannedRule) -> tuple[int, int]:
+    """(gap, evaluations) of the state to end in: within the budget, or below the error."""
+    least = at_end.min(axis=0)
+    feasible = np.flatnonzero(np.isfinite(least))
+    if rule.max_error > 0:
+        good = [n for n in feasible if least[n] <= rule.max_error]
+        evaluations = int(good[0])  # all steps computed has error 0
+    else:
+        budget = math.floor(steps / rule.speedup)
+        within = feasible[feasible <= budget]
+        choices = within if len(within) else feasible[:1]
+        evaluations = int(choices[np.argmin(least[choices])])
+    return int(at_end[:, evaluations].argmin()), evaluations

@@ -1,0 +1,169 @@
+"""Adapter files: a network's weights out and in, with metadata, checked after writing."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from ..files import read_header, sshs_hashes, write_safetensors
+from .adapters import ADAPTERS
+from .architectures import Architecture
+from .attach import Network
+from .keys import AdapterWeights, KeyFormat, decoded, encoded
+from .layers import LayerShape
+from .spec import NetworkSpec
+
+SAVE_PRECISIONS: dict[str, torch.dtype | None] = {
+    "keep": None,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+"""save_precision → dtype; None keeps each tensor's own."""
+
+
+def weights_of(network: Network) -> dict[str, AdapterWeights]:
+    """The present weights, detached but not copied, in the model's order."""
+    return {
+        name: AdapterWeights(
+            kind=network.spec.kind,
+            tensors={key: parameter.detach() for key, parameter in adapter.named_parameters()},
+            alpha=adapter.alpha,
+        )
+        for name, adapter in network.items()
+    }
+
+
+def state_dict_of(
+    network: Network,
+    architecture: Architecture,
+    key_format: KeyFormat = "comfyui",
+    dtype: torch.dtype | None = None,
+) -> dict[str, Tensor]:
+    """The network as the tensors of an adapter file; in ComfyUI's format it is a LORA_MODEL.
+
+    Tensors are copies, so that training may go on.
+    """
+    state = encoded(weights_of(network), key_format, architecture, dtype)
+    return {key: tensor.clone() for key, tensor in state.items()}
+
+
+def read_adapter(
+    source: Path | Mapping[str, Tensor],
+    layers: Mapping[str, LayerShape],
+    architecture: Architecture,
+) -> dict[str, AdapterWeights]:
+    """Dotted layer name → weights of a file or state dict in any key format (`keys.decoded`)."""
+    if isinstance(source, Path):
+        read_header(source)  # says in one sentence what is wrong with a broken file
+        source = safetensors.torch.load_file(source)
+    return decoded(source, layers, architecture)
+
+
+def network_from(
+    weights: Mapping[str, AdapterWeights], layers: Mapping[str, LayerShape], spec: NetworkSpec
+) -> Network:
+    """A network that holds copies of `weights` in float32; `spec` gives dropouts and LoRA+.
+
+    The rank and alpha of each layer are those of the weights.
+    """
+    if not weights:
+        raise ValueError("the file adapts no layer")
+    adapters = {}
+    for name, layer in weights.items():
+        adapters[name] = ADAPTERS[layer.kind](
+            layers[name],
+            {
+                key: _fitted(name, key, tensor, layers[name])
+                for key, tensor in layer.tensors.items()
+            },
+            alpha=layer.alpha,
+            rank=layer.rank,
+            neuron_dropout=spec.neuron_dropout,
+            rank_dropout=spec.rank_dropout,
+            module_dropout=spec.module_dropout,
+        )
+    first = next(iter(weights.values()))
+    return Network(
+        adapters, dataclasses.replace(spec, kind=first.kind, rank=first.rank, alpha=first.alpha)
+    )
+
+
+def load_weights(network: Network, weights: Mapping[str, AdapterWeights]) -> None:
+    """Copy `weights` into the network in place; ValueError when they are of another shape."""
+    for name, adapter in network.items():
+        layer = weights.get(name)
+        own = {key: parameter.shape for key, parameter in adapter.named_parameters()}
+        given = {} if layer is None else {key: t.shape for key, t in layer.tensors.items()}
+        if own != given:
+            raise ValueError(
+                f"the weights do not fit the network: {name} needs {_shapes(own)}, "
+                f"the file has {_shapes(given) or 'nothing'}"
+            )
+        adapter.alpha = layer.alpha
+        with torch.no_grad():
+            for key, parameter in adapter.named_parameters():
+                parameter.copy_(layer.tensors[key])
+
+
+def cast(
+    state: Mapping[str, Tensor], key_format: KeyFormat, save_precision: str
+) -> dict[str, Tensor]:
+    """`state` in the number format `save_precision`; alphas stay exact but in kohya's format."""
+    dtype = SAVE_PRECISIONS[save_precision]
+    return {
+        key: tensor
+        if dtype is None or (key.endswith(".alpha") and key_format != "kohya")
+        else tensor.to(dtype)
+        for key, tensor in state.items()
+    }
+
+
+def write_adapter(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write tensors and metadata with the sshs hashes, then read the file back and compare.
+
+    Whole or not at all; OSError when the file does not hold what was to be written.
+    """
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
+    complete = dict(metadata) | sshs_hashes(tensors, metadata)
+    write_safetensors(path, tensors, complete)
+    verify_adapter(path, tensors, complete)
+
+
+def verify_adapter(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """OSError unless the file holds exactly these tensors, bit for bit, and this metadata."""
+    with safetensors.safe_open(path, framework="pt") as file:
+        if (file.metadata() or {}) != dict(metadata) or set(file.keys()) != set(tensors):
+            raise OSError(f"{path}: read back with other keys or metadata than were written")
+        for key, tensor in tensors.items():
+            if not _same_bits(file.get_tensor(key), tensor):
+                raise OSError(f"{path}: {key} read back different; the disk may be full or failing")
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+
+
+def _fitted(name: str, key: str, tensor: Tensor, shape: LayerShape) -> Tensor:
+    """A float32 copy of one parameter, with the kernel that some files leave out."""
+    rows_and_columns = {
+        "down": (-1, shape.in_features, *shape.kernel),
+        "up": (shape.out_features, -1, *(1,) * len(shape.kernel)),
+    }
+    wanted = rows_and_columns.get(key, (tensor.shape[0], -1))
+    try:
+        return tensor.detach().to(torch.float32, copy=True).reshape(wanted)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{key} of {name} is {tuple(tensor.shape)}, which does not fit {shape}"
+        ) from error
+
+
+def _shapes(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    return ", ".join(f"{key} {tuple(size)}" for key, size in shapes.items())

@@ -1,0 +1,277 @@
+"""The names of adapter tensors in files: three formats out, all of them and their dialects in.
+
+    comfyui    diffusion_model.double_blocks.0.img_attn.qkv.lora_down.weight   + .alpha
+    kohya      lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight         + .alpha
+    diffusers  transformer.transformer_blocks.0.attn.to_q.lora_A.weight        alpha folded in
+
+ComfyUI 0.33 loads the first two for every model it knows (`comfy/lora.py`). In the third, alpha is
+folded into the matrices, √(alpha / rank) into each, because not every reader honours an alpha key
+there; where our layer is several in diffusers its rows are split among them. Architectures without
+a diffusers form of their own keep ComfyUI's dotted names there.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from .adapters import ADAPTERS
+from .architectures import Architecture, Rename
+from .layers import LayerShape
+from .spec import Kind
+from .weights import AdapterWeights, rank_of, row_blocks, stacked
+
+KeyFormat = Literal["comfyui", "kohya", "diffusers"]
+ALPHA = ".alpha"
+KEY_FORMATS: tuple[KeyFormat, ...] = get_args(KeyFormat)
+COMFYUI_PREFIX, KOHYA_PREFIX = "diffusion_model.", "lora_unet_"
+# What may stand before a layer's name; the longest are tried first.
+_PREFIXES = (
+    "base_model.model.",
+    "model.diffusion_model.",
+    COMFYUI_PREFIX,
+    "lora_transformer_",
+    "transformer.",
+    "lycoris_",
+    KOHYA_PREFIX,
+    "unet.",
+    "",
+)
+Parameter = tuple[Kind, str]
+# PEFT's A is down, its B is up.
+_SUFFIXES: dict[str, Parameter] = {
+    f".{suffix}": (kind, name)  # type: ignore[misc]
+    for kind, adapter in ADAPTERS.items()
+    for name, suffix in adapter.KEYS.items()
+} | {
+    ".lora_A.weight": ("lora", "down"),
+    ".lora_B.weight": ("lora", "up"),
+    ".lora_A.default.weight": ("lora", "down"),
+    ".lora_B.default.weight": ("lora", "up"),
+    ".lora.down.weight": ("lora", "down"),
+    ".lora.up.weight": ("lora", "up"),
+    ".lokr_w1_a": ("lokr", "w1_a"),
+    ".lokr_w1_b": ("lokr", "w1_b"),
+}
+_COMPLETE = {
+    "lora": [{"down", "up"}],
+    "loha": [{"w1_a", "w1_b", "w2_a", "w2_b"}],
+    "lokr": [{"w1", "w2"}, {"w1", "w2_a", "w2_b"}],
+}
+
+
+def encoded(
+    weights: Mapping[str, AdapterWeights],
+    key_format: KeyFormat,
+    architecture: Architecture,
+    dtype: torch.dtype | None = None,
+) -> dict[str, Tensor]:
+    """Dotted layer name → weights, as the state dict of a file; `dtype` None keeps each tensor's.
+
+    Per layer in musubi's order: alpha, then the matrices. In kohya's format alpha has the dtype of
+    the matrices, as musubi saves it; in ComfyUI's it stays exact (float32).
+    """
+    if key_format == "diffusers":
+        return {
+            key: tensor if dtype is None else tensor.to(dtype)
+            for name, layer in weights.items()
+            for key, tensor in _diffusers_tensors(name, layer, architecture)
+        }
+    state: dict[str, Tensor] = {}
+    for name, layer in weights.items():
+        stem = (
+            KOHYA_PREFIX + name.replace(".", "_")
+            if key_format == "kohya"
+            else COMFYUI_PREFIX + name
+        )
+        tensors = {k: t if dtype is None else t.to(dtype) for k, t in layer.tensors.items()}
+        alpha_dtype = next(iter(tensors.values())).dtype if key_format == "kohya" else torch.float32
+        state[f"{stem}.alpha"] = torch.tensor(layer.alpha, dtype=alpha_dtype)
+        for parameter, suffix in ADAPTERS[layer.kind].KEYS.items():
+            if parameter in tensors:
+                state[f"{stem}.{suffix}"] = tensors[parameter]
+    return state
+
+
+def decoded(
+    state: Mapping[str, Tensor],
+    layers: Mapping[str, LayerShape],
+    architecture: Architecture,
+) -> dict[str, AdapterWeights]:
+    """Dotted layer name → weights of a state dict in any of the formats, in the model's order.
+
+    `layers` (`layer_shapes` of the diffusion model) says what the names mean; `.` and `_` count as
+    the same, so that files whose names a converter garbled are read too. Layers that another tool
+    splits (to_q, to_k, to_v) are joined into ours. Alpha may be of any dtype; without one it is the
+    rank. ValueError for keys that fit no layer of this model, or are of an unknown kind.
+    """
+    names = _Names(layers, architecture)
+    found: dict[str, dict[int, dict[str, Tensor]]] = {}
+    unknown: list[str] = []
+    for key, tensor in state.items():
+        stem, suffix = _stem_and_suffix(key)
+        place = names.find(stem)
+        if place is None or suffix not in (*_SUFFIXES, ALPHA):
+            unknown.append(key)
+        else:
+            layer, part = place
+            found.setdefault(layer, {}).setdefault(part, {})[suffix] = tensor
+    if unknown:
+        raise ValueError(
+            f"{len(unknown)} of {len(state)} tensors belong to no layer of this model "
+            f"({architecture.title}) or are of a kind that Braid does not read, such as "
+            f"{unknown[0]!r}; use the model that they were trained on"
+        )
+    return {
+        name: _joined(name, found[name], shape, names.parts[name])
+        for name, shape in layers.items()
+        if name in found
+    }
+
+
+def converted(
+    state: Mapping[str, Tensor],
+    key_format: KeyFormat,
+    architecture: Architecture | None = None,
+    layers: Mapping[str, LayerShape] | None = None,
+) -> dict[str, Tensor]:
+    """A state dict in any format, in `key_format`.
+
+    From ComfyUI's format to kohya's only the keys change, whatever the tensors are; diffusers'
+    takes the architecture. Keys that do not spell ComfyUI's dotted names take the `layers` of the
+    model as well. ValueError when what it takes is None.
+    """
+    given = format_of(state)
+    if given == key_format:
+        return dict(state)
+    if given == "comfyui" and key_format == "kohya":
+        return {
+            KOHYA_PREFIX + stem[len(COMFYUI_PREFIX) :].replace(".", "_") + suffix: tensor
+            for key, tensor in state.items()
+            for stem, suffix in [_stem_and_suffix(key)]
+        }
+    if architecture is not None and layers is not None:
+        return encoded(decoded(state, layers, architecture), key_format, architecture)
+    if architecture is not None and given == "comfyui":
+        return encoded(_spelled(state), key_format, architecture)
+    raise ValueError(
+        f"key_format {key_format}: this takes the names of the model's layers; connect the model "
+        "that the LoRA was trained on"
+    )
+
+
+def _spelled(state: Mapping[str, Tensor]) -> dict[str, AdapterWeights]:
+    """Dotted layer name → weights of a state dict in ComfyUI's format, which spells the names."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in state.items():
+        stem, suffix = _stem_and_suffix(key)
+        if suffix not in (*_SUFFIXES, ALPHA):
+            raise ValueError(f"{key}: not a LoRA, which is all that this key_format holds")
+        found.setdefault(stem[len(COMFYUI_PREFIX) :], {})[suffix] = tensor
+    return {name: _weights(name, tensors) for name, tensors in found.items()}
+
+
+def format_of(keys: Iterable[str]) -> KeyFormat | None:
+    """The format that all of the keys are in, None for a mixture or anything else."""
+    keys = list(keys)
+    if keys and all(key.startswith(KOHYA_PREFIX) for key in keys):
+        return "kohya"
+    if keys and all(key.startswith(COMFYUI_PREFIX) and ".lora_A." not in key for key in keys):
+        return "comfyui"
+    if keys and all(re.search(r"\.lora_[AB](\.default)?\.weight$", key) for key in keys):
+        return "diffusers"
+    return None
+
+
+def _stem_and_suffix(key: str) -> tuple[str, str]:
+    """Layer part of a key, and the rest with its dot (the last component when it is unknown)."""
+    known = next((s for s in (*_SUFFIXES, ALPHA) if key.endswith(s)), None)
+    suffix = known or "." + key.rpartition(".")[2]
+    return key[: -len(suffix)], suffix
+
+
+class _Names:
+    """Every name that a layer of this model goes by in a file."""
+
+    def __init__(self, layers: Mapping[str, LayerShape], architecture: Architecture) -> None:
+        self.places: dict[str, tuple[str, int]] = {}
+        """Name with underscores → (our dotted name, which of its row blocks; -1 = the whole)."""
+        self.parts: dict[str, int] = {}
+        """Our dotted name → number of row blocks that other names divide it into."""
+        for name in layers:
+            self._add(name, name, -1)
+            self.parts[name] = 1
+            for rename in (*architecture.diffusers, *architecture.musubi):
+                for part, other in enumerate(others := _other_names(rename, name)):
+                    self._add(other, name, part if len(others) > 1 else -1)
+                self.parts[name] = max(self.parts[name], len(others))
+
+    def _add(self, other: str, name: str, part: int) -> None:
+        self.places.setdefault(other.replace(".", "_"), (name, part))
+
+    def find(self, stem: str) -> tuple[str, int] | None:
+        for prefix in _PREFIXES:
+            if stem.startswith(prefix):
+                place = self.places.get(stem[len(prefix) :].replace(".", "_"))
+                if place is not None:
+                    return place
+        return None
+
+
+def _other_names(rename: Rename, name: str) -> tuple[str, ...]:
+    """The names that `rename` gives to our layer `name`, () when it is not about it."""
+    match = re.fullmatch(rename.layer, name)
+    return tuple(match.expand(other) for other in rename.names) if match else ()
+
+
+def _diffusers_tensors(
+    name: str, layer: AdapterWeights, architecture: Architecture
+) -> Iterable[tuple[str, Tensor]]:
+    if layer.kind != "lora":
+        raise ValueError(
+            f"key_format diffusers: diffusers loads LoRA only, and {name} has a {layer.kind}; "
+            "choose comfyui or kohya"
+        )
+    others = next((o for r in architecture.diffusers if (o := _other_names(r, name))), (name,))
+    fold = math.sqrt(layer.alpha / layer.rank)
+    down, up = layer.tensors["down"] * fold, layer.tensors["up"] * fold
+    sizes = row_blocks(len(others), up.shape[0], down.shape[1])
+    for other, rows in zip(others, up.split(sizes), strict=True):
+        # Copies: safetensors writes no two tensors that share memory.
+        yield f"{architecture.diffusers_prefix}{other}.lora_A.weight", down.clone()
+        yield f"{architecture.diffusers_prefix}{other}.lora_B.weight", rows.clone()
+
+
+def _joined(
+    name: str, parts: Mapping[int, Mapping[str, Tensor]], shape: LayerShape, count: int
+) -> AdapterWeights:
+    """The weights of one layer from what a file holds of it: the whole, or row blocks of it."""
+    if set(parts) == {-1}:
+        return _weights(name, parts[-1])
+    if -1 in parts:
+        raise ValueError(f"the file adapts {name} twice: as a whole and in parts")
+    blocks = {part: _weights(name, tensors) for part, tensors in parts.items()}
+    kinds = {block.kind for block in blocks.values()}
+    if len(kinds) > 1 or kinds == {"lokr"}:
+        raise ValueError(f"the file holds parts of {name} as {', '.join(kinds)}, which do not join")
+    return stacked(blocks, row_blocks(count, shape.out_features, shape.in_features))
+
+
+def _weights(name: str, tensors: Mapping[str, Tensor]) -> AdapterWeights:
+    """AdapterWeights of suffix → tensor; nothing may be missing."""
+    own = {_SUFFIXES[suffix]: tensor for suffix, tensor in tensors.items() if suffix != ALPHA}
+    kinds = {kind for kind, _ in own}
+    if len(kinds) != 1:
+        raise ValueError(f"the file holds {', '.join(sorted(kinds)) or 'only an alpha'} for {name}")
+    (kind,) = kinds
+    parameters = {parameter: tensor for (_, parameter), tensor in own.items()}
+    if kind == "lokr" and {"w1_a", "w1_b"} <= set(parameters):  # small enough to hold in full
+        parameters["w1"] = parameters.pop("w1_a").float() @ parameters.pop("w1_b").float()
+    if set(parameters) not in _COMPLETE[kind]:
+        raise ValueError(f"the file holds only {', '.join(parameters)} of the {kind} of {name}")
+    rank = rank_of(kind, parameters)
+    alpha = float(tensors[ALPHA]) if ALPHA in tensors else float(rank)
+    return AdapterWeights(kind=kind, tensors=parameters, alpha=alpha)

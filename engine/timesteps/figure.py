@@ -1,0 +1,185 @@
+"""The timestep preview as a picture: what is drawn, how it is weighed, what a run made of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .preview import DrawnRun, Preview
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PAPER, INK, FAINT = "#fbfbfd", "#23283a", "#8a90a2"
+BARS, LAW, WEIGHTED, RUN = "#a9c4ee", "#1f4fa3", "#d9730d", "#0b8a6a"
+LOG_SNR_TICKS = (8, 6, 4, 2, 0, -2, -4, -6, -8)
+LOG_WEIGHT_FROM = 20.0
+"""Ratio of loss weights above which their axis is logarithmic."""
+
+
+def draw_figure(preview: Preview, run: DrawnRun | None = None) -> Tensor:
+    """An RGB picture, float32 (1, H, W, 3) in [0, 1]."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10.24, 8.2 if run else 6.4), dpi=125, facecolor=PAPER)
+    canvas = FigureCanvasAgg(figure)
+    _draw(figure, preview, run)
+    canvas.draw()
+    pixels = np.asarray(canvas.buffer_rgba())[..., :3]
+    return torch.from_numpy(pixels.astype(np.float32) / 255.0)[None]
+
+
+def _draw(figure: Figure, preview: Preview, run: DrawnRun | None) -> None:
+    heights = [3.0, 1.1, 1.3] if run else [3.0, 1.0]
+    axes = figure.subplots(
+        len(heights), 1, sharex=True, gridspec_kw={"height_ratios": heights, "hspace": 0.14}
+    )
+    inch = 1.0 / figure.get_figheight()
+    figure.subplots_adjust(left=0.085, right=0.975, top=1.0 - 1.09 * inch, bottom=0.55 * inch)
+    for axis in axes:
+        _style(axis)
+        _shade_outside(axis, preview)
+    _draw_law(axes[0], preview, run)
+    _draw_weight(axes[1], preview)
+    if run:
+        _draw_run_loss(axes[2], preview, run)
+    axes[-1].set_xlabel("noise level t   (0 = clean, 1 = pure noise;  timestep = 1000 t)")
+    axes[-1].set_xlim(0.0, 1.0)
+    _add_log_snr(axes[0])
+    _add_title(figure, preview)
+
+
+def _style(axis: Axes) -> None:
+    axis.set_facecolor(PAPER)
+    axis.tick_params(colors=INK, labelsize=9)
+    axis.xaxis.label.set_color(INK)
+    axis.yaxis.label.set_color(INK)
+    axis.grid(True, color="#e4e7ef", linewidth=0.8)
+    axis.set_axisbelow(True)
+    for name, spine in axis.spines.items():
+        spine.set_visible(name in ("left", "bottom"))
+        spine.set_color(FAINT)
+
+
+def _shade_outside(axis: Axes, preview: Preview) -> None:
+    sampling = preview.settings.sampling
+    for start, end in ((0.0, sampling.low), (sampling.high, 1.0)):
+        if end > start:
+            axis.axvspan(start, end, facecolor="#eceef4", edgecolor="none", zorder=0)
+
+
+def _draw_law(axis: Axes, preview: Preview, run: DrawnRun | None) -> None:
+    edges, width = preview.edges.numpy(), 1.0 / preview.settings.bins
+    drawn = preview.counts.numpy() / preview.counts.sum().item() / width
+    tallest = drawn.max()
+    if run is None:
+        label = f"drawn: one epoch of {preview.settings.samples:,} items"
+        axis.stairs(drawn, edges, fill=True, color=BARS, label=label)
+    else:
+        tallest = max(tallest, _draw_run_counts(axis, preview, run))
+    t, density = preview.t.numpy(), preview.density.numpy()
+    axis.plot(t, density, color=LAW, linewidth=2.0, label="density")
+    if preview.settings.sampling.loss_weight(preview.t).std() > 0:
+        effective = preview.effective.numpy()
+        label = "density × loss weight (area 1)"
+        axis.plot(t, effective, color=WEIGHTED, linewidth=2.0, linestyle=(0, (5, 2)), label=label)
+    axis.set_ylim(0.0, 1.12 * max(tallest, min(density.max(), 1.6 * tallest)))
+    axis.set_ylabel("probability per unit of t")
+    legend = axis.legend(frameon=True, facecolor=PAPER, edgecolor="none", fontsize=9)
+    for text in legend.get_texts():
+        text.set_color(INK)
+
+
+def _draw_run_counts(axis: Axes, preview: Preview, run: DrawnRun) -> float:
+    """The run's share of each bin over the band that counting alone explains (2 sigma); returns
+    the height of both."""
+    edges, scale = preview.edges.numpy(), preview.settings.bins
+    total, expected = run.counts.sum().item(), preview.expected.numpy()
+    noise = 2.0 * np.sqrt(expected * (1.0 - expected) / total)
+    band = (expected + noise) * scale, np.maximum(expected - noise, 0.0) * scale
+    label = "plan ± 2 σ of independent draws"
+    axis.stairs(band[0], edges, baseline=band[1], fill=True, color=BARS, label=label)
+    label = f"drawn by the run: {total:,} samples"
+    drawn = run.counts.numpy() / total * scale
+    axis.stairs(drawn, edges, color=RUN, linewidth=2.0, label=label)
+    return max(band[0].max(), drawn.max())
+
+
+def _draw_weight(axis: Axes, preview: Preview) -> None:
+    weight = preview.weight.numpy()
+    axis.plot(preview.t.numpy(), weight, color=WEIGHTED, linewidth=2.0)
+    if weight.max() > LOG_WEIGHT_FROM * weight.min():
+        axis.set_yscale("log")
+    else:
+        axis.set_ylim(0.0, 1.25 * weight.max())
+    axis.set_ylabel("loss weight")
+
+
+def _draw_run_loss(axis: Axes, preview: Preview, run: DrawnRun) -> None:
+    centres = (0.5 * (preview.edges[1:] + preview.edges[:-1])).numpy()
+    axis.errorbar(
+        centres,
+        run.loss.numpy(),
+        yerr=run.loss_error.nan_to_num(0.0).numpy(),
+        fmt="o",
+        markersize=4,
+        color=RUN,
+        ecolor=RUN,
+        elinewidth=1.2,
+        capsize=0,
+    )
+    axis.set_ylim(bottom=0.0)
+    axis.set_ylabel("loss of the run\n(mean ± s.e.)")
+
+
+def _add_log_snr(axis: Axes) -> None:
+    """log-SNR = 2 ln((1 - t) / t), as a second axis on top."""
+    top = axis.secondary_xaxis("top")
+    top.set_ticks([1.0 / (1.0 + np.exp(0.5 * snr)) for snr in LOG_SNR_TICKS])
+    top.set_xticklabels([f"{snr:+d}".replace("-", "−") if snr else "0" for snr in LOG_SNR_TICKS])
+    top.tick_params(colors=INK, labelsize=9)
+    top.spines["top"].set_color(FAINT)
+    top.set_xlabel("log-SNR   2 ln((1 − t) / t)", color=INK, fontsize=9)
+
+
+def _add_title(figure: Figure, preview: Preview) -> None:
+    inch = 1.0 / figure.get_figheight()
+    for text, down, style in (
+        (title(preview), 0.28, {"color": INK, "fontsize": 14, "fontweight": "bold"}),
+        (subtitle(preview), 0.51, {"color": FAINT, "fontsize": 9.5}),
+    ):
+        figure.text(0.085, 1.0 - down * inch, text, va="center", **style)
+
+
+def title(preview: Preview) -> str:
+    """Mode, what shapes it, and the size of image it is for."""
+    settings, sampling = preview.settings, preview.settings.sampling
+    name = sampling.mode
+    if sampling.mode == "shift":
+        name += f" {sampling.discrete_flow_shift:g}"
+    if sampling.weighting_scheme != "none":
+        name += f" / {sampling.weighting_scheme}"
+    if (sampling.min_timestep, sampling.max_timestep) != (0, 1000):
+        how = "cut to" if sampling.preserve_distribution_shape else "squeezed into"
+        name += f", {how} {sampling.min_timestep}–{sampling.max_timestep}"
+    if sampling.depends_on_resolution:
+        name += f", {settings.width} × {settings.height} px"
+    return name
+
+
+def subtitle(preview: Preview) -> str:
+    """The statistics a reader compares first."""
+    numbers: dict[str, Any] = preview.statistics
+    text = (
+        f"mean {numbers['mean']:.3f} · std {numbers['std']:.3f} · "
+        f"80 % of draws in {numbers['deciles'][0]:.3f}–{numbers['deciles'][8]:.3f}"
+    )
+    if numbers["acceptance_rate"] < 1.0:
+        text += f" · {100 * numbers['acceptance_rate']:.3g} % of the shape kept"
+    buckets = preview.settings.sampling.num_timestep_buckets
+    return text + (f" · {buckets} buckets" if buckets >= 2 else "")

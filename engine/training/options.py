@@ -1,0 +1,111 @@
+"""TrainingOptions: what a run does besides training; each part is optional, nodes chain them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+LOG_TARGETS = ("tensorboard", "wandb", "all")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpointing:
+    """When and what to save while training."""
+
+    save_every_n_steps: int = 0
+    """0 = only the final adapter."""
+    save_last_n: int = 0
+    """How many step checkpoints are kept, a count; 0 = all. The best one is always kept."""
+    save_state: bool = False
+    """Also save what `resume` needs: optimizer, schedule, order, history."""
+    ema_shadows: bool = False
+    """Keep five running averages, from which any EMA width can be rebuilt afterwards."""
+    resume: str = ""
+    """State file to go on from: a path, "latest" of this output_name, or "" to start afresh."""
+
+    def __post_init__(self) -> None:
+        for name in ("save_every_n_steps", "save_last_n"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 (off) or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingLog:
+    """Where the figures of a run go."""
+
+    log_with: str
+    """tensorboard, wandb or all."""
+    logging_dir: Path
+    log_prefix: str = ""
+    """Before the date in the folder name of the run."""
+    log_tracker_name: str = "network_train"
+    """TensorBoard sub-folder and W&B project."""
+    wandb_run_name: str = ""
+
+    def __post_init__(self) -> None:
+        if self.log_with not in LOG_TARGETS:
+            raise ValueError(
+                f"log_with is {self.log_with!r}; choose one of {', '.join(LOG_TARGETS)}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Compilation:
+    """torch.compile of each block while training."""
+
+    dynamo_backend: str = "inductor"
+    dynamo_mode: str = "default"
+    dynamo_fullgraph: bool = False
+    dynamo_dynamic: bool | None = None
+    """None lets torch decide."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preview:
+    """Pictures sampled while training; the host's own sampler objects ride along untouched."""
+
+    every_n_steps: int
+    sampling: Any
+    """What the host needs to sample: latent, conditioning, sampler, sigmas, cfg, seed, VAE."""
+
+    def __post_init__(self) -> None:
+        if self.every_n_steps < 1:
+            raise ValueError(f"sample_every_n_steps is {self.every_n_steps}; it must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Validation:
+    """Loss on held-out items, at the same noise and noise levels every time."""
+
+    latents: Sequence[Any]
+    conditioning: Sequence[Any]
+    """Latents and conditioning as the host gives them for training."""
+    every_n_steps: int
+    timesteps_per_item: int = 8
+    """Noise levels per item, evenly spread over the run's own law."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("every_n_steps", "timesteps_per_item"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingOptions:
+    """Socket BRAID_TRAINING_OPTIONS."""
+
+    checkpointing: Checkpointing | None = None
+    log: TrainingLog | None = None
+    compilation: Compilation | None = None
+    preview: Preview | None = None
+    validation: Validation | None = None
+
+    def adding(self, **part: Any) -> "TrainingOptions":
+        """A copy with one more part; ValueError when the chain already has that part."""
+        (name,) = part
+        if getattr(self, name) is not None:
+            raise ValueError(
+                f"the chain of options holds {name} twice; remove one of the two nodes"
+            )
+        return replace(self, **part)

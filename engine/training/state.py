@@ -1,0 +1,66 @@
+"""The state of a run in one file: a safetensors container whose header holds the JSON part.
+
+One file, renamed into place, cannot be half-written. Its ending keeps it out of lists of LoRAs.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from torch import Tensor
+
+from ..files import read_header, write_safetensors
+
+STATE_SUFFIX = ".state"
+FORMAT = "braid training state 1"
+
+
+def write_state(path: Path, state: Mapping[str, Any]) -> None:
+    """Write a nested state (dicts, lists, tensors, JSON scalars) to one file, or nothing."""
+    tensors: dict[str, Tensor] = {}
+    skeleton = _flatten(state, "", tensors)
+    write_safetensors(path, tensors, {"format": FORMAT, "state": json.dumps(skeleton)})
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """What `write_state` wrote; ValueError when the file is damaged or something else."""
+    metadata = read_header(path).metadata
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path}: not a training state of this version of Braid ({FORMAT})")
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        return _rebuild(json.loads(metadata["state"]), tensors)
+    except (KeyError, ValueError, safetensors.SafetensorError) as error:
+        raise ValueError(
+            f"{path}: the training state is damaged ({error}); resume from an earlier one"
+        ) from error
+
+
+def _flatten(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        tensors[key] = value
+        return {"tensor": key}
+    if isinstance(value, Mapping):
+        items = [[k, _flatten(v, f"{key}/{k}", tensors)] for k, v in value.items()]
+        return {"items": items}
+    if isinstance(value, (list, tuple)):
+        return {"list": [_flatten(v, f"{key}/{i}", tensors) for i, v in enumerate(value)]}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, torch.dtype):
+        return str(value)
+    raise TypeError(f"cannot save {key}: {type(value).__name__}")
+
+
+def _rebuild(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    if "tensor" in value:
+        return tensors[value["tensor"]]
+    if "items" in value:
+        return {k: _rebuild(v, tensors) for k, v in value["items"]}
+    return [_rebuild(v, tensors) for v in value["list"]]

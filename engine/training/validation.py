@@ -1,0 +1,90 @@
+"""Loss on held-out items: always the same noise at the same evenly spread noise levels."""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+
+from ..timesteps.sampling import TimestepSampling
+from .dataset import TrainingItem
+from .history import ValidationRecord
+from .loop import TrainingRun, TrainingStep
+from .objective import sample_losses
+from .seeds import torch_generator
+
+BINS = 10
+
+
+class Validator:
+    """Measures one figure that can be compared across steps and across runs."""
+
+    def __init__(
+        self,
+        items: Sequence[TrainingItem],
+        *,
+        every_n_steps: int,
+        timesteps_per_item: int,
+        seed: int,
+    ) -> None:
+        self.items = tuple(items)
+        self.every_n_steps = every_n_steps
+        self._timesteps_per_item = timesteps_per_item
+        self._seed = seed
+
+    def measure(self, run: TrainingRun) -> ValidationRecord:
+        """The mean unweighted loss over all items and noise levels, dropout off."""
+        run.network.eval()
+        run.optimization.set_averaged(True)
+        try:
+            with torch.no_grad():
+                pairs = [
+                    pair for i, item in enumerate(self.items) for pair in self._losses(run, i, item)
+                ]
+        finally:
+            run.optimization.set_averaged(False)
+            run.network.train()
+        return ValidationRecord(
+            step=run.step,
+            loss=sum(loss for _, loss in pairs) / len(pairs),
+            bins=loss_per_bin(pairs),
+        )
+
+    def _losses(
+        self, run: TrainingRun, index: int, item: TrainingItem
+    ) -> Iterator[tuple[float, float]]:
+        latents = item.latents[None].to(run.device, torch.float32)
+        for n, level in enumerate(self._levels(run.timesteps.sampling, item)):
+            generator = torch_generator(self._seed, "validation noise", index, n)
+            noise = torch.randn(latents.shape, generator=generator).to(run.device)
+            t = torch.tensor([level], dtype=torch.float32, device=run.device)
+            prediction = run.denoiser.predict(
+                run.denoiser.noised_input(latents, noise, t), t, [item.conditioning]
+            )
+            target = run.denoiser.target(latents, noise, t)
+            yield level, float(sample_losses(prediction, target, run.plan.loss_type))
+
+    def _levels(self, sampling: TimestepSampling, item: TrainingItem) -> list[float]:
+        """Midpoints of equal shares of the run's own law of t."""
+        count = self._timesteps_per_item
+        u = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+        height, width = item.latents.shape[-2:]
+        return sampling.distribution(height, width).from_uniform(u).tolist()
+
+
+def loss_per_bin(pairs: Sequence[tuple[float, float]], bins: int = BINS) -> tuple[float, ...]:
+    """Mean loss of (t, loss) pairs in equal bins of t; NaN in an empty bin."""
+    sums, counts = [0.0] * bins, [0] * bins
+    for t, loss in pairs:
+        index = min(int(t * bins), bins - 1)
+        sums[index] += loss
+        counts[index] += 1
+    return tuple(s / n if n else float("nan") for s, n in zip(sums, counts, strict=True))
+
+
+def validated(
+    steps: Iterable[TrainingStep], run: TrainingRun, validator: Validator
+) -> Iterator[TrainingStep]:
+    """Pass the steps through; every n steps, and after the last, measure."""
+    for step in steps:
+        if step.step % validator.every_n_steps == 0 or step.step == run.plan.steps:
+            run.history.validations.append(validator.measure(run))
+        yield step

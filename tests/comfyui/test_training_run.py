@@ -1,0 +1,197 @@
+"""Whole runs through the node's own path, on tiny real models inside ComfyUI."""
+
+import dataclasses
+
+import comfy.lora
+import comfy.model_management
+import comfy.sample
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+from tiny_models import ARCHITECTURES, build, conditioning, latent
+
+from comfyui_braid.engine.comfyui import trainer
+from comfyui_braid.engine.comfyui.items import pair_items
+from comfyui_braid.engine.comfyui.trainer import LoraTraining, train_lora
+from comfyui_braid.engine.network.spec import NetworkSpec
+from comfyui_braid.engine.timesteps.sampling import TimestepSampling
+from comfyui_braid.engine.training.optimizer import OptimizerSpec
+from comfyui_braid.engine.training.options import Checkpointing, TrainingOptions, Validation
+from comfyui_braid.engine.training.plan import TrainingPlan
+
+PLAN = TrainingPlan(
+    steps=4, batch_size=2, learning_rate=1e-2, seed=3, mixed_precision="no", output_name="tiny"
+)
+
+
+def training(name, folder, plan=PLAN, options=None, **changes):
+    latents = [{"samples": latent(name, 1, seed=i)} for i in range(3)]
+    positive = [conditioning(name, i) for i in range(3)]
+    return LoraTraining(
+        **{
+            "plan": plan,
+            "network": NetworkSpec(rank=4, alpha=4),
+            "timesteps": TimestepSampling(mode="sigmoid"),
+            "optimizer": OptimizerSpec(),
+            "options": options or TrainingOptions(),
+            "pairs": pair_items(latents, positive),
+            "held_out": (),
+            "loras": folder,
+            **changes,
+        }
+    )
+
+
+def silent(text):
+    pass
+
+
+def run(name, folder, dtype=torch.float32, **kwargs):
+    """As the executor calls it: inside inference mode, on a MODEL built inside it."""
+    with torch.inference_mode():
+        return train_lora(build(name, dtype), training(name, folder, **kwargs), silent)
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def sampled(patcher, name):
+    noise = latent(name)
+    with torch.inference_mode():
+        return comfy.sample.sample(
+            patcher,
+            noise,
+            2,
+            1.0,
+            "euler",
+            "simple",
+            conditioning(name, 0),
+            conditioning(name, 1),
+            torch.zeros_like(noise),
+            seed=0,
+        )
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_run_trains_saves_and_leaves_the_model_as_it_was(name, dtype, checkpointing, tmp_path):
+    plan = dataclasses.replace(PLAN, gradient_checkpointing=checkpointing)
+    patcher = build(name, dtype)
+    before = sampled(patcher, name)
+    with torch.inference_mode():
+        trained = train_lora(patcher, training(name, tmp_path, plan=plan), silent)
+    assert torch.equal(sampled(patcher, name), before)
+    assert len(trained.loss_map["loss"]) == PLAN.steps
+    up = [value for key, value in trained.lora.items() if "lora_B" in key or "lora_up" in key]
+    assert up and all(value.abs().sum() > 0 for value in up[: len(up) // 2])
+    path = tmp_path / "tiny" / "tiny.safetensors"
+    assert same(safetensors.torch.load_file(path), trained.lora)
+    keys = comfy.lora.model_lora_keys_unet(patcher.model, {})
+    loaded = comfy.lora.load_lora(trained.lora, keys)
+    assert len(loaded) == trained.report["modules"]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_two_runs_with_one_seed_give_the_same_bytes(name, tmp_path):
+    first, second = run(name, tmp_path), run(name, tmp_path)
+    assert same(first.lora, second.lora)
+    assert first.loss_map["loss"] == second.loss_map["loss"]
+    assert (tmp_path / "tiny_2" / "tiny.safetensors").exists()
+
+
+def test_cancel_saves_adapter_and_state_and_the_resumed_run_equals_the_whole_one(
+    tmp_path, monkeypatch
+):
+    options = TrainingOptions(checkpointing=Checkpointing(save_every_n_steps=2, save_state=True))
+    plan = dataclasses.replace(PLAN, steps=7)
+    whole = run("flux", tmp_path / "whole", plan=plan, options=options)
+    said = []
+    patcher = build("flux")
+    part = training("flux", tmp_path / "part", plan=plan, options=options)
+    original = trainer.saved
+
+    def cancelled_after_three_steps(steps, *rest):
+        for step in original(steps, *rest):
+            if step.step == 3:
+                comfy.model_management.interrupt_current_processing()
+            yield step
+
+    monkeypatch.setattr(trainer, "saved", cancelled_after_three_steps)
+    with (
+        torch.inference_mode(),
+        pytest.raises(comfy.model_management.InterruptProcessingException),
+    ):
+        train_lora(patcher, part, said.append)
+    monkeypatch.undo()
+    assert "saved" in said[-1]
+    resume = TrainingOptions(
+        checkpointing=Checkpointing(save_every_n_steps=2, save_state=True, resume="latest")
+    )
+    resumed = run("flux", tmp_path / "part", plan=plan, options=resume)
+    assert same(resumed.lora, whole.lora)
+    assert resumed.loss_map["loss"] == whole.loss_map["loss"]
+    assert resumed.loss_map["timesteps"] == whole.loss_map["timesteps"]
+
+
+def test_held_out_loss_is_measured_and_marks_the_best_checkpoint(tmp_path):
+    held_out = pair_items([{"samples": latent("flux", 1, seed=9)}], [conditioning("flux", 9)])
+    options = TrainingOptions(
+        checkpointing=Checkpointing(save_every_n_steps=1, save_last_n=1),
+        validation=Validation(latents=(), conditioning=(), every_n_steps=1, timesteps_per_item=2),
+    )
+    trained = run("flux", tmp_path, options=options, held_out=held_out)
+    losses = trained.loss_map["validation_loss"]
+    assert len(losses) == PLAN.steps
+    best = losses.index(min(losses)) + 1
+    kept = {file.step: file.path for file in trained.checkpoints.files}
+    assert set(kept) == {best, PLAN.steps}
+    with safetensors.safe_open(kept[best], "pt") as file:
+        assert file.metadata()["braid_best_so_far"] == "true"
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        ({"network": NetworkSpec(rank=8, alpha=8)}, "network"),
+        ({"plan": dataclasses.replace(PLAN, steps=9, seed=4)}, "seed"),
+        ({"optimizer": OptimizerSpec(optimizer_type="SGD")}, "optimizer"),
+    ],
+)
+def test_resuming_another_run_is_refused_by_the_name_of_what_differs(change, sentence, tmp_path):
+    options = TrainingOptions(checkpointing=Checkpointing(save_state=True))
+    run("flux", tmp_path, options=options)
+    resume = TrainingOptions(checkpointing=Checkpointing(resume="latest"))
+    longer = {"plan": dataclasses.replace(PLAN, steps=9), **change}
+    with pytest.raises(ValueError, match=sentence):
+        run("flux", tmp_path, options=resume, **longer)
+
+
+def test_latents_and_conditioning_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="3 latents but 2 conditionings"):
+        pair_items(
+            [{"samples": torch.zeros(1, 16, 4, 4)}] * 3,
+            [conditioning("flux", 0), conditioning("flux", 1)],
+        )
+
+
+def test_core_s_bucket_lists_and_shared_conditioning_are_understood():
+    entries = [conditioning("flux", i)[0] for i in range(5)]
+    bucketed = pair_items(
+        [{"samples": torch.zeros(2, 16, 4, 4)}, {"samples": torch.zeros(3, 16, 8, 4)}],
+        [entries[:2], entries[2:]],
+    )
+    assert [tuple(samples.shape) for samples, _ in bucketed] == [(1, 16, 4, 4)] * 2 + [
+        (1, 16, 8, 4)
+    ] * 3
+    assert [positive[0] is entry for (_, positive), entry in zip(bucketed, entries, strict=True)]
+    shared = pair_items([{"samples": torch.zeros(4, 16, 4, 4)}], [conditioning("flux", 0)])
+    assert len(shared) == 4
+
+
+def test_an_unwritable_output_is_refused_before_training(tmp_path):
+    (tmp_path / "tiny").write_text("a file where the folder should be")
+    with pytest.raises((ValueError, OSError), match="tiny"):
+        run("flux", tmp_path)

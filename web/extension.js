@@ -1,0 +1,70 @@
+// @ts-check
+// The only file that touches ComfyUI's front end. A new live chart is one row in CHARTS, one module
+// web/<noun>/chart.js that exports draw(), and one function in nodes/live.py's LIVE.
+
+import { api } from "../../scripts/api.js";
+import { app } from "../../scripts/app.js";
+import { describeNode } from "./live/graph.js";
+import { LivePanel } from "./live/panel.js";
+import * as timesteps from "./timesteps/chart.js";
+
+/** node id -> the chart in it. @type {Record<string, {noun: string, draw: Function, height: number}>} */
+const CHARTS = {
+  BraidTimestepSampling: { noun: "timesteps", draw: timesteps.draw, height: 210 },
+  BraidTimestepPreview: { noun: "timesteps", draw: timesteps.draw, height: 260 },
+};
+
+const WIDGET = "braid_live";
+const LEAST_WIDTH = 380;
+
+/** POST /braid/live/<noun>; the answer is the JSON that draw() takes. */
+async function ask(noun, body) {
+  const response = await api.fetchApi(`/braid/live/${noun}`, {
+    method: "POST",
+    headers: { "Content-Type": "application/json" },
+    body,
+  });
+  return response.json();
+}
+
+/** Put a live chart at the end of the node. */
+function addChart(node, { noun, draw, height }) {
+  const panel = new LivePanel({
+    draw,
+    observe: () => JSON.stringify(describeNode(node)),
+    ask: (body) => ask(noun, body),
+  });
+  const widget = node.addDOMWidget(WIDGET, "BRAID_LIVE", panel.element, {
+    serialize: false,
+    hideOnZoom: false,
+    getMinHeight: () => height,
+    getValue: () => "",
+  });
+  widget.serialize = false;
+  panel.element.style.minHeight = `${height}px`;
+  const [width, tall] = node.computeSize();
+  node.setSize([Math.max(node.size[0], width, LEAST_WIDTH), Math.max(node.size[1], tall)]);
+
+  const { onAdded, onRemoved, onExecuted } = node;
+  node.onAdded = function (...args) {
+    onAdded?.apply(this, args);
+    panel.start();
+  };
+  node.onRemoved = function (...args) {
+    panel.stop();
+    onRemoved?.apply(this, args);
+  };
+  node.onExecuted = function (output, ...args) {
+    onExecuted?.call(this, output, ...args);
+    if (output?.braid_live) panel.show(output.braid_live[0]);
+  };
+  panel.start();
+}
+
+app.registerExtension({
+  name: "Braid.LiveCharts",
+  nodeCreated(node) {
+    const chart = CHARTS[node.comfyClass];
+    if (chart) addChart(node, chart);
+  },
+});
