@@ -194,7 +194,7 @@ class BraidPostHocEma(io.ComfyNode):
                 io.String.Output(
                     "report",
                     tooltip="JSON: files, steps, betas (decay per merge), weights (sum 1), "
-                    "achieved centre_of_mass and sigma_rel (fractions of the run), and what was requested.",
+                    "achieved centre_of_mass and sigma_rel (fractions of the run), and the requested.",
                 ),
                 io.String.Output("path", tooltip="The file written; empty when none was."),
             ],
@@ -241,7 +241,7 @@ class BraidEmaReconstruct(io.ComfyNode):
                 _sigma_rel(
                     0.2,
                     "Width of the average as a fraction of the run, above 0, at most 0.28868. "
-                    "0.05 to 0.25 come out within 0.8 % of the ideal profile; report says how near.",
+                    "0.05 to 0.25 come out within 0.8 % of the ideal profile; see report.",
                 ),
                 _prefix_input("loras/ema/ema_shadows"),
             ],

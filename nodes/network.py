@@ -29,7 +29,7 @@ class BraidNetwork(io.ComfyNode):
             node_id="BraidNetwork",
             display_name="LoRA Network",
             category=sockets.NETWORK,
-            description="What is trained: kind and size of the adapter, and the layers that get one.",
+            description="What is trained: kind and size of the adapter, and which layers get one.",
             search_aliases=["lora", "loha", "lokr", "network_args", "musubi", "loraplus", "target"],
             inputs=[
                 io.Combo.Input(
@@ -217,7 +217,7 @@ class BraidSaveLora(io.ComfyNode):
                 io.Model.Input(
                     "model",
                     optional=True,
-                    tooltip="The model that the LoRA was trained on; only for a LoRA from elsewhere "
+                    tooltip="The model that it was trained on; only for a LoRA from elsewhere "
                     "whose names must be translated.",
                 ),
             ],

@@ -26,6 +26,7 @@ class LayerShape:
     stride: tuple[int, ...] = ()
     padding: tuple[int, ...] | str = ()
     dilation: tuple[int, ...] = ()
+    padding_mode: str = "zeros"
     groups: int = 1
 
     @property
@@ -56,6 +57,7 @@ def shape_of(module: nn.Module) -> LayerShape | None:
             stride=tuple(module.stride),
             padding=module.padding if isinstance(module.padding, str) else tuple(module.padding),
             dilation=tuple(module.dilation),
+            padding_mode=module.padding_mode,
             groups=module.groups,
         )
     return None

@@ -199,6 +199,8 @@ def _unfit(shape: LayerShape, spec: NetworkSpec) -> str:
     """Why a layer cannot be adapted whatever the patterns, or ""."""
     if shape.groups != 1:
         return f"convolution in {shape.groups} groups"
+    if shape.padding_mode != "zeros":
+        return f"convolution with {shape.padding_mode} padding"
     if shape.has_large_kernel and spec.conv_rank is None:
         return "convolution larger than 1 × 1; set conv_dim to adapt it"
     return ""

@@ -55,8 +55,6 @@ _HUNYUAN_15 = _HUNYUAN | dict(
 )
 _WAN = {k: v for k, v in MODELS["wan"].unet_config.items() if k != "image_model"}
 del _WAN["window_size"]
-    k: v for k, v in MODELS["wan"].unet_config.items() if k not in ("image_model", "window_size")
-}
 _QWEN = {k: v for k, v in MODELS["qwen_image"].unet_config.items() if k != "image_model"}
 _LUMINA = {k: v for k, v in MODELS["lumina2"].unet_config.items() if k != "image_model"}
 _KANDINSKY = dict(num_text_blocks=2, num_visual_blocks=2, model_dim=128, ff_dim=256, time_dim=64)
