@@ -4,6 +4,7 @@
 
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
+import * as ema from "./ema/chart.js";
 import { describeNode } from "./live/graph.js";
 import { LivePanel } from "./live/panel.js";
 import * as timesteps from "./timesteps/chart.js";
@@ -12,6 +13,7 @@ import * as timesteps from "./timesteps/chart.js";
 const CHARTS = {
   BraidTimestepSampling: { noun: "timesteps", draw: timesteps.draw, height: 210 },
   BraidTimestepPreview: { noun: "timesteps", draw: timesteps.draw, height: 260 },
+  BraidPostHocEma: { noun: "ema", draw: ema.draw, height: 230 },
 };
 
 const WIDGET = "braid_live";
