@@ -20,6 +20,7 @@ from collections.abc import Collection, Mapping
 
 _OPENING = {"[": "]", "(": ")", "{": "}"}
 _OPTION_NAME = re.compile(r"\s*(?:--)?\w*_args\b\s*(?:=\s*)?(?=[\s\"'\[]|--|$)")
+_SPACED_KEY = re.compile(r"(\w+)[ \t]+=[ \t]*")
 LITERALS = "a Python literal such as 0.01, True, None, 'text' or (0.9, 0.99)"
 
 
@@ -133,8 +134,9 @@ def _read_quoted(text: str, start: int, option: str) -> tuple[str, int]:
 
 def _read_bare(text: str, start: int, option: str) -> tuple[str, int]:
     """An unquoted token: up to the first blank that is outside brackets and Python strings."""
+    spaced = _SPACED_KEY.match(text, start)
+    position = begin = spaced.end() if spaced else start
     closing: list[str] = []
-    position = start
     while position < len(text):
         character = text[position]
         if character.isspace() and not closing:
@@ -152,7 +154,8 @@ def _read_bare(text: str, start: int, option: str) -> tuple[str, int]:
         position += 1
     if closing:
         raise ValueError(f"{option}: {text[start : start + 40]!r} … misses its {closing[-1]!r}")
-    return text[start:position].rstrip(","), position
+    token = text[begin:position].rstrip(",")
+    return f"{spaced.group(1)}={token}" if spaced else token, position
 
 
 def _end_of_string(text: str, start: int, option: str) -> int:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import struct
 import tempfile
@@ -11,11 +12,28 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors.torch
+import torch
 from torch import Tensor
 
 LEGACY_HASH_OFFSET = 0x100000
 LEGACY_HASH_LENGTH = 0x10000
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
+
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I16": torch.int16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "I64": torch.int64,
+}
+"""safetensors' name of each dtype an adapter may hold, in the order that safetensors sorts by."""
 
 
 @contextmanager
@@ -107,6 +125,71 @@ def read_header(path: Path) -> SafetensorsHeader:
     return SafetensorsHeader(metadata=metadata, tensors=tensors, data_start=data_start)
 
 
+def saved_layout(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]],
+) -> dict[str, TensorEntry]:
+    """Where safetensors would put tensors of (dtype name, shape), counted from the first data byte.
+
+    Its order is the larger dtype first, then by name.
+    """
+    rank = {dtype: index for index, dtype in enumerate(DTYPES)}
+    layout, end = {}, 0
+    for name in sorted(tensors, key=lambda name: (-rank[tensors[name][0]], name)):
+        dtype, shape = tensors[name]
+        start, end = end, end + math.prod(shape) * DTYPES[dtype].itemsize
+        layout[name] = TensorEntry(dtype=dtype, shape=shape, start=start, end=end)
+    return layout
+
+
+def header_bytes(layout: Mapping[str, TensorEntry], metadata: Mapping[str, str]) -> bytes:
+    """The first bytes of a safetensors file with this layout, padded to 8 as safetensors pads."""
+    described = {
+        name: {
+            "dtype": entry.dtype,
+            "shape": entry.shape,
+            "data_offsets": [entry.start, entry.end],
+        }
+        for name, entry in layout.items()
+    }
+    text = json.dumps(
+        {"__metadata__": dict(metadata), **described}, separators=(",", ":"), ensure_ascii=False
+    ).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+class SshsHasher:
+    """The hashes of `sshs_hashes` from the data bytes as they stream past."""
+
+    def __init__(self, layout: Mapping[str, TensorEntry], metadata: Mapping[str, str]) -> None:
+        self._model = hashlib.sha256()
+        self._legacy = hashlib.sha256()
+        self._position = 0  # in the serialisation that holds only the `ss_` metadata
+        self._hash_legacy(header_bytes(layout, _ss_metadata(metadata)))
+
+    def update(self, data: memoryview) -> None:
+        """The next bytes of the data section."""
+        self._model.update(data)
+        self._hash_legacy(data)
+
+    def hashes(self) -> dict[str, str]:
+        """`sshs_model_hash` and `sshs_legacy_hash`, once all data has passed."""
+        return {
+            "sshs_model_hash": self._model.hexdigest(),
+            "sshs_legacy_hash": self._legacy.hexdigest()[:8],
+        }
+
+    def _hash_legacy(self, data: bytes | memoryview) -> None:
+        start = max(LEGACY_HASH_OFFSET - self._position, 0)
+        stop = max(LEGACY_HASH_OFFSET + LEGACY_HASH_LENGTH - self._position, 0)
+        self._legacy.update(data[start:stop])
+        self._position += len(data)
+
+
+def _ss_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
+    return {key: value for key, value in metadata.items() if key.startswith("ss_")}
+
+
 def sshs_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
     """`sshs_model_hash` and `sshs_legacy_hash` as kohya's tools compute them.
 
@@ -114,8 +197,7 @@ def sshs_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> d
     is the SHA-256 of everything after the header, the legacy hash the first 8 hex digits of the
     SHA-256 of 64 KiB at offset 1 MiB.
     """
-    ss_metadata = {key: value for key, value in metadata.items() if key.startswith("ss_")}
-    data = memoryview(safetensors.torch.save(dict(tensors), ss_metadata))
+    data = memoryview(safetensors.torch.save(dict(tensors), _ss_metadata(metadata)))
     (length,) = struct.unpack("<Q", data[:8])
     legacy = data[LEGACY_HASH_OFFSET : LEGACY_HASH_OFFSET + LEGACY_HASH_LENGTH]
     return {

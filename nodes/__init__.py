@@ -3,12 +3,27 @@
 from comfy_api.latest import ComfyExtension, io
 from typing_extensions import override
 
-from . import live, magcache, playground, timesteps, training, training_options
+from . import (
+    checkpoints,
+    ema,
+    fp8,
+    live,
+    magcache,
+    network,
+    playground,
+    timesteps,
+    training,
+    training_options,
+)
 
 NODES: list[type[io.ComfyNode]] = [
+    *network.NODES,
     *timesteps.NODES,
     *training.NODES,
     *training_options.NODES,
+    *checkpoints.NODES,
+    *ema.NODES,
+    *fp8.NODES,
     *magcache.NODES,
     *playground.NODES,
 ]

@@ -2,8 +2,9 @@
 
 A checkpointed block keeps only its inputs and is run a second time in backward. ComfyUI's blocks
 add to their residual stream in place and return it, which torch's own checkpointing answers with
-wrong gradients, in silence. Here the block always works on clones, in forward and again in backward, so
-that what was saved stays what it was, and autograd still checks that nobody else has changed it.
+wrong gradients, in silence. Here the block always works on clones, in forward and again in
+backward, so that what was saved stays what it was, and autograd still checks that nobody else has
+changed it.
 
 Adapters are reached through the block's own modules: their gradients are accumulated by the
 backward pass that runs inside the block's.

@@ -36,6 +36,19 @@ class Conditioning:
     uuid: UUID
     """Names this conditioning to wrappers that keep something for each."""
 
+    @property
+    def widths(self) -> tuple:
+        """What must fit the network whatever the length of the prompt: last sizes by name."""
+        return tuple(
+            (name, cond.cond.shape[-1])
+            for name, cond in sorted(self.inputs.items())
+            if isinstance(cond.cond, Tensor) and cond.cond.ndim
+        )
+
+    def describe(self) -> str:
+        """The inputs and their widths, for an error message."""
+        return ", ".join(f"{name} {width} wide" for name, width in self.widths) or "no tensors"
+
 
 @torch.inference_mode()
 def encode(

@@ -102,10 +102,10 @@ class ComfyDenoiser:
         return objective.target(self.sampling, latents, noise, t)
 
     def predict(self, noised: Tensor, t: Tensor, conditioning: Sequence[Conditioning]) -> Tensor:
-        """The network's own output (B, C, ...) in float32, before it becomes a denoised image.
+        """The network's own output (B, C, ...) in float32, not yet a denoised image.
 
-        `noised` (B, C, ...) on any device, `t` (B,) in [0, 1], one conditioning per item. Prompts of
-        different lengths are computed one after the other, because padding would change them.
+        `noised` (B, C, ...) on any device, `t` (B,) in [0, 1], one conditioning per item. Prompts
+        of different lengths are computed one after the other: padding would change them.
         """
         output = self._predict(noised, t, conditioning)
         if self._unproven and output.requires_grad:
@@ -114,6 +114,25 @@ class ComfyDenoiser:
                 self._session.enter_context(guarded())
                 output = self._predict(noised, t, conditioning)
         return output
+
+    def check(self, items: Sequence[tuple[Tensor, Conditioning]]) -> None:
+        """Raise `ValueError` when the network cannot take one of `items`; computes few of them.
+
+        A wrong text encoder shows only when the network is run, so it is run once before training.
+        """
+        different = {item.widths: (latents, item) for latents, item in items}
+        for latents, item in different.values():
+            try:
+                with torch.no_grad():
+                    self.predict(latents, torch.full((1,), 0.5), [item])
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+                raise ValueError(
+                    f"{type(self.model).__name__} cannot compute with this conditioning "
+                    f"({item.describe()}); encode the prompts with the text encoder that belongs "
+                    f"to the model ({error})"
+                ) from error
 
     @contextmanager
     def paused(self) -> Iterator[None]:

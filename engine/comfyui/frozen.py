@@ -21,6 +21,8 @@ from comfy.ops import CastWeightBiasOp
 from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
 
+from ..fp8.dequantize import dequantize
+
 logger = logging.getLogger("comfyui_braid.training")
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -47,8 +49,8 @@ def frozen_weight(
     overwrite: they must not outlive the `with` block, and nothing may save them for backward.
     """
     if not isinstance(module, CastWeightBiasOp):
-        bias = None if module.bias is None else module.bias.to(device, dtype)
-        yield module.weight.to(device, dtype), bias
+        bias = getattr(module, "bias", None)  # torch's RMSNorm has no such attribute
+        yield module.weight.to(device, dtype), None if bias is None else bias.to(device, dtype)
         return
     with torch.inference_mode():
         # want_requant: a patched weight is rounded alike when it is fetched again in backward
@@ -61,12 +63,19 @@ def frozen_weight(
             compute_dtype=dtype,
             want_requant=True,
         )
-        plain = weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
+        plain = dequantized(weight) if isinstance(weight, QuantizedTensor) else weight
         plain = plain.to(dtype)
     try:
         yield plain, bias
     finally:
         comfy.ops.uncast_bias_weight(module, weight, bias, stream)
+
+
+def dequantized(weight: QuantizedTensor) -> Tensor:
+    """`weight` in its compute dtype; FP8 by Braid's table, which a CPU reads 7 times as fast."""
+    if weight._layout_cls.startswith("TensorCoreFP8"):
+        return dequantize(weight._qdata, weight._params.scale, weight.dtype)
+    return weight.dequantize()
 
 
 class FrozenLinear(torch.autograd.Function):

@@ -13,6 +13,7 @@ import comfy.utils
 from PIL import Image
 
 Step = TypeVar("Step")
+Result = TypeVar("Result")
 
 
 def reported(
@@ -46,6 +47,22 @@ def reported(
     finally:
         if isinstance(steps, Generator):
             steps.close()
+
+
+def completed(steps: Generator[tuple[int, int], None, Result]) -> Result:
+    """Run steps of (done, total) to their end under the host's progress bar; returns their result.
+
+    When the user cancels, `steps` is closed and InterruptProcessingException rises.
+    """
+    bar = comfy.utils.ProgressBar(1)
+    try:
+        while True:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            bar.update_absolute(*next(steps))
+    except StopIteration as end:
+        return end.value
+    finally:
+        steps.close()
 
 
 def _preview(image: Image.Image | None) -> tuple[str, Image.Image, None] | None:

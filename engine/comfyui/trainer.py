@@ -9,12 +9,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 from comfy.model_patcher import ModelPatcher
 from PIL import Image
 from torch import Tensor
 
-from ..checkpoints import Checkpoints
+from ..checkpoints import AdapterStateDict, Checkpoints
 from ..files import replaced_when_whole
 from ..network.attach import Network, attached, build_network, parameter_groups
 from ..network.checkpoint import state_dict_of, write_adapter
@@ -73,8 +74,8 @@ class LoraTraining:
 class TrainedLora:
     """What a finished run hands to the graph."""
 
-    lora: dict[str, Tensor]
-    """A LORA_MODEL: tensors under ComfyUI's keys."""
+    lora: AdapterStateDict
+    """A LORA_MODEL: tensors under ComfyUI's keys, with the file's metadata."""
     loss_map: dict[str, Any]
     checkpoints: Checkpoints
     report: dict[str, Any]
@@ -139,11 +140,12 @@ def train_lora(
         steps = _with_options(run, training, denoiser, saver, stack, report)
         _train(steps, run, saver, say)
         saver.save_final(run)
-        checkpoints = saver.checkpoints()
-        lora = _on_cpu(state_dict_of(network, targets.architecture))
     report |= {"file": str(saver.final), "steps_done": run.step}
     return TrainedLora(
-        lora=lora, loss_map=run.history.loss_map(), checkpoints=checkpoints, report=report
+        lora=read_lora(saver.final),
+        loss_map=run.history.loss_map(),
+        checkpoints=saver.checkpoints(),
+        report=report,
     )
 
 
@@ -392,6 +394,13 @@ def _check_writable(folder: Path) -> None:
             f"the LoRA cannot be saved under {folder} ({error.strerror or error}); "
             "choose another output_name or free the folder"
         ) from error
+
+
+def read_lora(path: Path) -> AdapterStateDict:
+    """A saved adapter as a LORA_MODEL."""
+    with safetensors.safe_open(path, framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        return AdapterStateDict(tensors, file.metadata() or {})
 
 
 def _on_cpu(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -78,7 +78,7 @@ class Adapter(nn.Module):
         return bool(torch.rand(1) < self.module_dropout)
 
     def _cast(self, name: str) -> Tensor:
-        parameter = self.get_parameter(name)
+        parameter = self._parameters[name]
         return parameter if self.compute_dtype is None else parameter.to(self.compute_dtype)
 
     def _input(self, x: Tensor) -> Tensor:
@@ -271,7 +271,7 @@ class LoKr(Adapter):
         return torch.matmul(w1 * self.scale, hidden).flatten(-2)
 
     def delta_weight(self) -> Tensor:
-        return self._dense(self.get_parameter) * self.scale
+        return self._dense(self._parameters.__getitem__) * self.scale
 
     def _dense(self, get) -> Tensor:
         w2 = get("w2") if self._is_full else get("w2_a") @ get("w2_b")

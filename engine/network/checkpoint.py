@@ -57,7 +57,7 @@ def read_adapter(
     layers: Mapping[str, LayerShape],
     architecture: Architecture,
 ) -> dict[str, AdapterWeights]:
-    """Dotted layer name → weights, of a file or state dict in any key format (see `keys.decoded`)."""
+    """Dotted layer name → weights of a file or state dict in any key format (`keys.decoded`)."""
     if isinstance(source, Path):
         read_header(source)  # says in one sentence what is wrong with a broken file
         source = safetensors.torch.load_file(source)
@@ -110,6 +110,19 @@ def load_weights(network: Network, weights: Mapping[str, AdapterWeights]) -> Non
                 parameter.copy_(layer.tensors[key])
 
 
+def cast(
+    state: Mapping[str, Tensor], key_format: KeyFormat, save_precision: str
+) -> dict[str, Tensor]:
+    """`state` in the number format `save_precision`; alphas stay exact but in kohya's format."""
+    dtype = SAVE_PRECISIONS[save_precision]
+    return {
+        key: tensor
+        if dtype is None or (key.endswith(".alpha") and key_format != "kohya")
+        else tensor.to(dtype)
+        for key, tensor in state.items()
+    }
+
+
 def write_adapter(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write tensors and metadata with the sshs hashes, then read the file back and compare.
 
@@ -138,7 +151,7 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def _fitted(name: str, key: str, tensor: Tensor, shape: LayerShape) -> Tensor:
-    """A float32 copy of one parameter; convolution factors get the kernel that flat files leave out."""
+    """A float32 copy of one parameter, with the kernel that some files leave out."""
     rows_and_columns = {
         "down": (-1, shape.in_features, *shape.kernel),
         "up": (shape.out_features, -1, *(1,) * len(shape.kernel)),

@@ -6,14 +6,13 @@
 
 ComfyUI 0.33 loads the first two for every model it knows (`comfy/lora.py`). In the third, alpha is
 folded into the matrices, √(alpha / rank) into each, because not every reader honours an alpha key
-there; where our layer is several in diffusers its rows are split among them. Architectures without a
-diffusers form of their own keep ComfyUI's dotted names there, which diffusers converts on loading.
+there; where our layer is several in diffusers its rows are split among them. Architectures without
+a diffusers form of their own keep ComfyUI's dotted names there.
 """
 
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -23,8 +22,10 @@ from .adapters import ADAPTERS
 from .architectures import Architecture, Rename
 from .layers import LayerShape
 from .spec import Kind
+from .weights import AdapterWeights, rank_of, row_blocks, stacked
 
 KeyFormat = Literal["comfyui", "kohya", "diffusers"]
+ALPHA = ".alpha"
 KEY_FORMATS: tuple[KeyFormat, ...] = get_args(KeyFormat)
 COMFYUI_PREFIX, KOHYA_PREFIX = "diffusion_model.", "lora_unet_"
 # What may stand before a layer's name; the longest are tried first.
@@ -39,8 +40,9 @@ _PREFIXES = (
     "unet.",
     "",
 )
-# Suffix → (kind, parameter). PEFT's A is down, its B is up.
-_SUFFIXES: dict[str, tuple[Kind, str]] = {
+Parameter = tuple[Kind, str]
+# PEFT's A is down, its B is up.
+_SUFFIXES: dict[str, Parameter] = {
     f".{suffix}": (kind, name)  # type: ignore[misc]
     for kind, adapter in ADAPTERS.items()
     for name, suffix in adapter.KEYS.items()
@@ -54,31 +56,11 @@ _SUFFIXES: dict[str, tuple[Kind, str]] = {
     ".lokr_w1_a": ("lokr", "w1_a"),
     ".lokr_w1_b": ("lokr", "w1_b"),
 }
-_ROW_FACTORS = {"lora": ("up",), "loha": ("w1_a", "w2_a")}
-_COLUMN_FACTORS = {"lora": ("down",), "loha": ("w1_b", "w2_b")}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AdapterWeights:
-    """The tensors of one adapted layer, whatever file they came from or go to."""
-
-    kind: Kind
-    """lora, loha or lokr."""
-    tensors: Mapping[str, Tensor]
-    """Parameter name as in `adapters` → tensor."""
-    alpha: float
-    """Numerator of the scale alpha / rank."""
-
-    @property
-    def rank(self) -> int:
-        """Inner width of the factors."""
-        return rank_of(self.kind, self.tensors)
-
-
-def rank_of(kind: Kind, tensors: Mapping[str, Tensor]) -> int:
-    """Inner width of the factors of one adapter; 1 for a LoKr that is not low-rank at all."""
-    inner = {"lora": "down", "loha": "w1_b", "lokr": "w2_b"}[kind]
-    return tensors[inner].shape[0] if inner in tensors else 1
+_COMPLETE = {
+    "lora": [{"down", "up"}],
+    "loha": [{"w1_a", "w1_b", "w2_a", "w2_b"}],
+    "lokr": [{"w1", "w2"}, {"w1", "w2_a", "w2_b"}],
+}
 
 
 def encoded(
@@ -89,8 +71,8 @@ def encoded(
 ) -> dict[str, Tensor]:
     """Dotted layer name → weights, as the state dict of a file; `dtype` None keeps each tensor's.
 
-    Per layer in musubi's order: alpha, then the matrices. In kohya's format alpha has the dtype of the
-    matrices, as musubi saves it; in ComfyUI's it stays exact (float32).
+    Per layer in musubi's order: alpha, then the matrices. In kohya's format alpha has the dtype of
+    the matrices, as musubi saves it; in ComfyUI's it stays exact (float32).
     """
     if key_format == "diffusers":
         return {
@@ -121,27 +103,27 @@ def decoded(
 ) -> dict[str, AdapterWeights]:
     """Dotted layer name → weights of a state dict in any of the formats, in the model's order.
 
-    `layers` (`layer_shapes` of the diffusion model) says what the names mean: names are compared with
-    `.` and `_` alike, so that files whose names a converter garbled are read too. Layers that another
-    program splits (to_q, to_k, to_v) are joined into ours. Alpha may be of any dtype; without one it is
-    the rank. ValueError for keys that fit no layer of this model, or are of an unknown kind.
+    `layers` (`layer_shapes` of the diffusion model) says what the names mean; `.` and `_` count as
+    the same, so that files whose names a converter garbled are read too. Layers that another tool
+    splits (to_q, to_k, to_v) are joined into ours. Alpha may be of any dtype; without one it is the
+    rank. ValueError for keys that fit no layer of this model, or are of an unknown kind.
     """
     names = _Names(layers, architecture)
     found: dict[str, dict[int, dict[str, Tensor]]] = {}
     unknown: list[str] = []
     for key, tensor in state.items():
-        stem, parameter = _split(key)
-        place = names.find(stem) if parameter else None
-        if place is None:
+        stem, suffix = _stem_and_suffix(key)
+        place = names.find(stem)
+        if place is None or suffix not in (*_SUFFIXES, ALPHA):
             unknown.append(key)
         else:
             layer, part = place
-            found.setdefault(layer, {}).setdefault(part, {})[parameter] = tensor
+            found.setdefault(layer, {}).setdefault(part, {})[suffix] = tensor
     if unknown:
         raise ValueError(
-            f"{len(unknown)} of {len(state)} tensors are of no layer of this {architecture.title} model "
-            f"or of a kind that Braid does not read, such as {unknown[0]!r}; connect the model that the "
-            "file was trained on"
+            f"{len(unknown)} of {len(state)} tensors belong to no layer of this model "
+            f"({architecture.title}) or are of a kind that Braid does not read, such as "
+            f"{unknown[0]!r}; use the model that they were trained on"
         )
     return {
         name: _joined(name, found[name], shape, names.parts[name])
@@ -150,20 +132,46 @@ def decoded(
     }
 
 
-def renamed(state: Mapping[str, Tensor], key_format: KeyFormat) -> dict[str, Tensor] | None:
-    """A state dict in ComfyUI's format with the keys of `key_format`, whatever its tensors are.
+def converted(
+    state: Mapping[str, Tensor],
+    key_format: KeyFormat,
+    architecture: Architecture | None = None,
+    layers: Mapping[str, LayerShape] | None = None,
+) -> dict[str, Tensor]:
+    """A state dict in any format, in `key_format`.
 
-    None when that takes knowledge of the model: diffusers' format, or keys in another one.
+    From ComfyUI's format to kohya's only the keys change, whatever the tensors are; diffusers'
+    takes the architecture. Keys that do not spell ComfyUI's dotted names take the `layers` of the
+    model as well. ValueError when what it takes is None.
     """
-    if key_format == format_of(state):
+    given = format_of(state)
+    if given == key_format:
         return dict(state)
-    if key_format != "kohya" or format_of(state) != "comfyui":
-        return None
-    return {
-        KOHYA_PREFIX + stem[len(COMFYUI_PREFIX) :].replace(".", "_") + suffix: tensor
-        for key, tensor in state.items()
-        for stem, suffix in [_stem_and_suffix(key)]
-    }
+    if given == "comfyui" and key_format == "kohya":
+        return {
+            KOHYA_PREFIX + stem[len(COMFYUI_PREFIX) :].replace(".", "_") + suffix: tensor
+            for key, tensor in state.items()
+            for stem, suffix in [_stem_and_suffix(key)]
+        }
+    if architecture is not None and layers is not None:
+        return encoded(decoded(state, layers, architecture), key_format, architecture)
+    if architecture is not None and given == "comfyui":
+        return encoded(_spelled(state), key_format, architecture)
+    raise ValueError(
+        f"key_format {key_format}: this takes the names of the model's layers; connect the model "
+        "that the LoRA was trained on"
+    )
+
+
+def _spelled(state: Mapping[str, Tensor]) -> dict[str, AdapterWeights]:
+    """Dotted layer name → weights of a state dict in ComfyUI's format, which spells the names."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in state.items():
+        stem, suffix = _stem_and_suffix(key)
+        if suffix not in (*_SUFFIXES, ALPHA):
+            raise ValueError(f"{key}: not a LoRA, which is all that this key_format holds")
+        found.setdefault(stem[len(COMFYUI_PREFIX) :], {})[suffix] = tensor
+    return {name: _weights(name, tensors) for name, tensors in found.items()}
 
 
 def format_of(keys: Iterable[str]) -> KeyFormat | None:
@@ -179,18 +187,10 @@ def format_of(keys: Iterable[str]) -> KeyFormat | None:
 
 
 def _stem_and_suffix(key: str) -> tuple[str, str]:
-    """Layer part of a key and the rest with its dot; the last component when it is not one of ours."""
-    known = next((s for s in (*_SUFFIXES, ".alpha") if key.endswith(s)), None)
+    """Layer part of a key, and the rest with its dot (the last component when it is unknown)."""
+    known = next((s for s in (*_SUFFIXES, ALPHA) if key.endswith(s)), None)
     suffix = known or "." + key.rpartition(".")[2]
     return key[: -len(suffix)], suffix
-
-
-def _split(key: str) -> tuple[str, str]:
-    """(layer part, parameter name) of a key; parameter "" when it is not of a kind we know."""
-    stem, suffix = _stem_and_suffix(key)
-    if suffix == ".alpha":
-        return stem, "alpha"
-    return stem, ":".join(_SUFFIXES[suffix]) if suffix in _SUFFIXES else ""
 
 
 class _Names:
@@ -200,7 +200,7 @@ class _Names:
         self.places: dict[str, tuple[str, int]] = {}
         """Name with underscores → (our dotted name, which of its row blocks; -1 = the whole)."""
         self.parts: dict[str, int] = {}
-        """Our dotted name → number of row blocks that the architecture's other names divide it into."""
+        """Our dotted name → number of row blocks that other names divide it into."""
         for name in layers:
             self._add(name, name, -1)
             self.parts[name] = 1
@@ -227,15 +227,6 @@ def _other_names(rename: Rename, name: str) -> tuple[str, ...]:
     return tuple(match.expand(other) for other in rename.names) if match else ()
 
 
-def _row_blocks(parts: int, rows: int, columns: int) -> tuple[int, ...]:
-    """Rows of each part of a joint weight: q is square, k and v alike, the mlp has the rest."""
-    if parts == 1:
-        return (rows,)
-    if parts == 3:
-        return (columns, (rows - columns) // 2, (rows - columns) // 2)
-    return (columns, columns, columns, rows - 3 * columns)
-
-
 def _diffusers_tensors(
     name: str, layer: AdapterWeights, architecture: Architecture
 ) -> Iterable[tuple[str, Tensor]]:
@@ -247,10 +238,11 @@ def _diffusers_tensors(
     others = next((o for r in architecture.diffusers if (o := _other_names(r, name))), (name,))
     fold = math.sqrt(layer.alpha / layer.rank)
     down, up = layer.tensors["down"] * fold, layer.tensors["up"] * fold
-    sizes = _row_blocks(len(others), up.shape[0], down.shape[1])
+    sizes = row_blocks(len(others), up.shape[0], down.shape[1])
     for other, rows in zip(others, up.split(sizes), strict=True):
-        yield f"{architecture.diffusers_prefix}{other}.lora_A.weight", down
-        yield f"{architecture.diffusers_prefix}{other}.lora_B.weight", rows
+        # Copies: safetensors writes no two tensors that share memory.
+        yield f"{architecture.diffusers_prefix}{other}.lora_A.weight", down.clone()
+        yield f"{architecture.diffusers_prefix}{other}.lora_B.weight", rows.clone()
 
 
 def _joined(
@@ -265,60 +257,21 @@ def _joined(
     kinds = {block.kind for block in blocks.values()}
     if len(kinds) > 1 or kinds == {"lokr"}:
         raise ValueError(f"the file holds parts of {name} as {', '.join(kinds)}, which do not join")
-    return _stacked(blocks, _row_blocks(count, shape.out_features, shape.in_features))
+    return stacked(blocks, row_blocks(count, shape.out_features, shape.in_features))
 
 
 def _weights(name: str, tensors: Mapping[str, Tensor]) -> AdapterWeights:
-    """ "kind:parameter" → tensor, and "alpha", as AdapterWeights; checks that nothing is missing."""
-    by_kind = {key.partition(":")[0] for key in tensors if key != "alpha"}
-    if len(by_kind) != 1:
-        raise ValueError(
-            f"the file holds {', '.join(sorted(by_kind)) or 'only an alpha'} for {name}"
-        )
-    kind: Kind = by_kind.pop()  # type: ignore[assignment]
-    own = {key.partition(":")[2]: tensor for key, tensor in tensors.items() if key != "alpha"}
-    if "w1_a" in own and kind == "lokr":  # small enough to hold in full
-        own["w1"] = own.pop("w1_a").float() @ own.pop("w1_b").float()
-    complete = [set(ADAPTERS[kind].KEYS)]
-    if kind == "lokr":
-        complete = [{"w1", "w2"}, {"w1", "w2_a", "w2_b"}]
-    if set(own) not in complete:
-        raise ValueError(f"the file holds only {', '.join(sorted(own))} of the {kind} of {name}")
-    rank = rank_of(kind, own)
-    alpha = float(tensors["alpha"]) if "alpha" in tensors else float(rank)
-    return AdapterWeights(kind=kind, tensors=own, alpha=alpha)
-
-
-def _stacked(blocks: Mapping[int, AdapterWeights], sizes: tuple[int, ...]) -> AdapterWeights:
-    """Row blocks of a weight, each with its own factors, as one pair of factors.
-
-    Blocks that share their column factors (we write them so) keep their rank; others get a block
-    diagonal of the sum of the ranks. Blocks that are absent stay zero.
-    """
-    first = next(iter(blocks.values()))
-    rows, columns = _ROW_FACTORS[first.kind], _COLUMN_FACTORS[first.kind]
-    scales = [block.alpha / block.rank for block in blocks.values()]
-    alike = all(scale == scales[0] for scale in scales)
-    shared = alike and all(
-        torch.equal(block.tensors[c], first.tensors[c])
-        for block in blocks.values()
-        for c in columns
-    )
-    rank = first.rank if shared else sum(block.rank for block in blocks.values())
-    tensors = {
-        c: first.tensors[c] if shared else torch.cat([b.tensors[c] for b in blocks.values()])
-        for c in columns
-    }
-    for factor in rows:
-        tail = first.tensors[factor].shape[2:]
-        joint = first.tensors[factor].new_zeros((sum(sizes), rank, *tail))
-        start = 0
-        for part, block in blocks.items():
-            top = sum(sizes[:part])
-            fold = 1.0 if alike or factor != rows[0] else block.alpha / block.rank
-            at = slice(0, rank) if shared else slice(start, start + block.rank)
-            joint[top : top + sizes[part], at] = block.tensors[factor] * fold
-            start += block.rank
-        tensors[factor] = joint
-    alpha = rank * (scales[0] if alike else 1.0)
-    return AdapterWeights(kind=first.kind, tensors=tensors, alpha=alpha)
+    """AdapterWeights of suffix → tensor; nothing may be missing."""
+    own = {_SUFFIXES[suffix]: tensor for suffix, tensor in tensors.items() if suffix != ALPHA}
+    kinds = {kind for kind, _ in own}
+    if len(kinds) != 1:
+        raise ValueError(f"the file holds {', '.join(sorted(kinds)) or 'only an alpha'} for {name}")
+    (kind,) = kinds
+    parameters = {parameter: tensor for (_, parameter), tensor in own.items()}
+    if kind == "lokr" and {"w1_a", "w1_b"} <= set(parameters):  # small enough to hold in full
+        parameters["w1"] = parameters.pop("w1_a").float() @ parameters.pop("w1_b").float()
+    if set(parameters) not in _COMPLETE[kind]:
+        raise ValueError(f"the file holds only {', '.join(parameters)} of the {kind} of {name}")
+    rank = rank_of(kind, parameters)
+    alpha = float(tensors[ALPHA]) if ALPHA in tensors else float(rank)
+    return AdapterWeights(kind=kind, tensors=parameters, alpha=alpha)

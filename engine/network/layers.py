@@ -1,7 +1,8 @@
 """The shape of a layer that can be adapted, read from its attributes, never from its weight.
 
 A quantised or offloaded weight may be packed, absent or on another device; `in_features`,
-`kernel_size` and the like are always there. ComfyUI's operations subclass torch's layers.
+`kernel_size` and the like are always there. ComfyUI's operations subclass torch's layers, but its
+quantised Linear is a plain module that only looks like one.
 """
 
 import math
@@ -25,6 +26,7 @@ class LayerShape:
     stride: tuple[int, ...] = ()
     padding: tuple[int, ...] | str = ()
     dilation: tuple[int, ...] = ()
+    padding_mode: str = "zeros"
     groups: int = 1
 
     @property
@@ -45,7 +47,7 @@ class LayerShape:
 
 def shape_of(module: nn.Module) -> LayerShape | None:
     """The shape of a Linear or convolution, None for any other module."""
-    if isinstance(module, nn.Linear):
+    if _is_linear(module):
         return LayerShape(in_features=module.in_features, out_features=module.out_features)
     if isinstance(module, _CONVOLUTIONS):
         return LayerShape(
@@ -55,9 +57,18 @@ def shape_of(module: nn.Module) -> LayerShape | None:
             stride=tuple(module.stride),
             padding=module.padding if isinstance(module.padding, str) else tuple(module.padding),
             dilation=tuple(module.dilation),
+            padding_mode=module.padding_mode,
             groups=module.groups,
         )
     return None
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or (
+        type(module).__name__ == "Linear"
+        and hasattr(module, "in_features")
+        and hasattr(module, "out_features")
+    )
 
 
 def layers_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, LayerShape]]:

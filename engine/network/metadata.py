@@ -54,7 +54,7 @@ def adapter_metadata(
 
 
 def network_metadata(spec: NetworkSpec, architecture: Architecture) -> dict[str, str]:
-    """The `ss_` fields that describe the network; they stay even where a run keeps the rest to itself."""
+    """The `ss_` fields that describe the network."""
     rank, alpha = spec.rank_and_alpha(large_kernel=False)
     arguments = network_args_of(spec)
     return {
@@ -67,7 +67,7 @@ def network_metadata(spec: NetworkSpec, architecture: Architecture) -> dict[str,
 
 
 def parse_metadata(text: str) -> dict[str, str]:
-    """A JSON object as metadata; empty text is no metadata. ValueError says where the JSON breaks."""
+    """A JSON object as metadata ("" is none); ValueError says where the JSON breaks."""
     if not text.strip():
         return {}
     example = '{"modelspec.author": "me"}'

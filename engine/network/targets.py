@@ -44,7 +44,7 @@ class PatternCount:
     pattern: str
     """The regular expression."""
     origin: str
-    """"default exclude", "exclude_patterns" or "include_patterns"."""
+    """`default exclude`, `exclude_patterns` or `include_patterns`."""
     matches: int
     """Layers whose whole name it matches, among those it is asked about."""
     near: int
@@ -188,7 +188,7 @@ class _Rules:
         )
 
     def _first(self, name: str, origins: tuple[str, ...]) -> str:
-        """ "origin 'pattern'" of the first pattern of these origins that matches, or ""."""
+        """Origin and pattern of the first one of these origins that matches, or ""."""
         for origin, pattern in self.patterns:
             if origin in origins and pattern.fullmatch(name):
                 return f"{origin} {pattern.pattern!r}"
@@ -199,6 +199,8 @@ def _unfit(shape: LayerShape, spec: NetworkSpec) -> str:
     """Why a layer cannot be adapted whatever the patterns, or ""."""
     if shape.groups != 1:
         return f"convolution in {shape.groups} groups"
+    if shape.padding_mode != "zeros":
+        return f"convolution with {shape.padding_mode} padding"
     if shape.has_large_kernel and spec.conv_rank is None:
         return "convolution larger than 1 × 1; set conv_dim to adapt it"
     return ""

@@ -6,6 +6,7 @@ Rectified-flow training on plain glyphs; captions dropped 10 % of the time, weig
 import argparse
 import json
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -127,7 +128,8 @@ def pretrain(
                 {k: v.to(torch.bfloat16) for k, v in average.items()},
                 {"record": json.dumps(record), "format": "pt"},
             )
-            print(json.dumps(record), flush=True)
+            sys.stdout.write(json.dumps(record) + "\n")
+            sys.stdout.flush()
 
 
 def main() -> None:

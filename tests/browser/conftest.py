@@ -45,28 +45,28 @@ def browser():
 
 @pytest.fixture
 def console_errors():
-    """What a page of this test has printed as errors; tests say what they expect of it."""
+    """What the pages of this test print as errors once they are ready; ComfyUI's own start-up
+    prints some."""
     return []
 
 
 @pytest.fixture
 def open_page(server, browser, console_errors):
-    """open_page(settings) -> a page with ComfyUI's graph ready, on an empty graph."""
+    """open_page(settings) -> a page with every node registered, on an empty graph."""
     contexts = []
 
     def open_one(settings: dict | None = None):
         for name, value in (settings or {}).items():
             server.post(f"/settings/{name}", value)
-        context = browser.new_context(viewport={"width": 1400, "height": 1000})
+        context = browser.new_context(viewport={"width": 1500, "height": 1000})
         contexts.append(context)
         page = context.new_page()
+        page.set_default_timeout(60_000)
+        page.goto(server.url)
+        page.wait_for_function("!!window.app?.graph?.nodes?.length")  # the default workflow
+        page.evaluate("app.graph.clear()")
         page.on("console", lambda m: m.type == "error" and console_errors.append(m.text))
         page.on("pageerror", lambda error: console_errors.append(str(error)))
-        page.goto(server.url)
-        page.wait_for_function(
-            "window.app?.graph && window.app.extensionManager?.spinner === false"
-        )
-        page.evaluate("app.graph.clear()")
         return page
 
     yield open_one

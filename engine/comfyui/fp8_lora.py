@@ -1,0 +1,66 @@
+"""LoRA patches on FP8 weights: applied when a weight is dequantised, instead of rounded into FP8.
+
+ComfyUI merges a LoRA into an FP8 weight by dequantising, adding and quantising again with
+stochastic rounding. That keeps the LoRA on average and adds its noise to the picture. Weights in
+Braid's layout are dequantised for every multiplication anyway, so the patch is added there, in
+float32, for the price of the low-rank product.
+"""
+
+import comfy.lora
+import comfy.utils
+import torch
+from comfy.model_patcher import LowVramPatch, ModelPatcher
+from comfy.patcher_extension import CallbacksMP
+from torch import Tensor, nn
+
+from .fp8_layout import is_fine
+
+KEY = "braid.fp8_lora"
+
+
+class PatchOnTheFly:
+    """One weight's patches, as a weight function of its module."""
+
+    def __init__(self, key: str, patches: list, module: nn.Module) -> None:
+        self.key = key
+        self.patches = patches
+        self.module = module
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        """`weight` with the patches added in float32, in its own dtype."""
+        if any(isinstance(f, LowVramPatch) for f in self.module.weight_function):
+            return weight  # partially unloaded since: ComfyUI's own patch does it now
+        patched = comfy.lora.calculate_weight(
+            self.patches, weight.to(torch.float32), self.key, intermediate_dtype=torch.float32
+        )
+        return patched.to(weight.dtype)
+
+
+def apply_patches_on_the_fly(patcher: ModelPatcher) -> None:
+    """Register the callbacks on `patcher`; its clones take them over."""
+    patcher.add_callback_with_key(CallbacksMP.ON_LOAD, KEY, _after_load)
+    patcher.add_callback_with_key(CallbacksMP.ON_DETACH, KEY, _after_detach)
+
+
+def _after_load(patcher: ModelPatcher, device_to: torch.device, *_: object) -> None:
+    """Take back the weights that were patched by requantising, and patch them on the fly."""
+    for key, backup in patcher.backup.items():
+        if key not in patcher.patches or not is_fine(backup.weight):
+            continue
+        module = comfy.utils.get_attr(patcher.model, key.rsplit(".", 1)[0])
+        comfy.utils.set_attr_param(patcher.model, key, backup.weight.to(device_to))
+        module.weight_function = [
+            *_without_ours(module.weight_function),
+            PatchOnTheFly(key, patcher.patches[key], module),
+        ]
+
+
+def _after_detach(patcher: ModelPatcher, *_: object) -> None:
+    for module in patcher.model.modules():
+        functions = module.__dict__.get("weight_function")
+        if functions:
+            module.weight_function = _without_ours(functions)
+
+
+def _without_ours(functions: list) -> list:
+    return [function for function in functions if not isinstance(function, PatchOnTheFly)]

@@ -1,0 +1,212 @@
+"""What the files of one merge must agree on, and how their bytes line up.
+
+Tensors that follow each other in every file are merged as one flat run of bytes, a `Span`, however
+many there are: an adapter of a thousand small tensors streams like one large one.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..files import DTYPES, SafetensorsHeader, TensorEntry, read_header, saved_layout
+
+_ADAPTER_KEY = re.compile(
+    r"\.(lora_(down|up|mid|A|B)\b|lora\.(down|up)\b|hada_w|lokr_w|oft_|boft_|dora_scale$|diff(_b)?$)"
+)
+ALPHA = ".alpha"
+ALPHA_RTOL, ALPHA_ATOL = 1e-5, 1e-8  # torch.allclose, as musubi compares them
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """One file to merge."""
+
+    path: Path
+    header: SafetensorsHeader
+
+    def read(self, key: str) -> Tensor:
+        """One tensor, in its own dtype and shape."""
+        entry = self.header.tensors[key]
+        return self.read_some(key, math.prod(entry.shape)).reshape(entry.shape)
+
+    def read_finite(self, key: str) -> Tensor:
+        """One tensor as float32; ValueError when it holds NaN or infinity."""
+        values = self.read(key).float()
+        bad = values[~values.isfinite()]
+        if len(bad):
+            raise self.not_finite(key, float(bad[0]))
+        return values
+
+    def not_finite(self, key: str, value: float) -> ValueError:
+        """The refusal of a tensor that holds `value`."""
+        return ValueError(
+            f"{self.path}: {key} holds {value}; the run diverged there, leave this file out"
+        )
+
+    def read_some(self, key: str, count: int) -> Tensor:
+        """The first `count` elements of a tensor, or all when it has fewer, flat."""
+        entry = self.header.tensors[key]
+        dtype = DTYPES[entry.dtype]
+        with self.path.open("rb") as file:
+            file.seek(entry.start)
+            raw = bytearray(file.read(min(entry.end - entry.start, count * dtype.itemsize)))
+        return torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Span:
+    """Tensors that lie next to each other in every input and in the output."""
+
+    keys: tuple[str, ...]
+    elements: int
+    dtype: torch.dtype
+    """Of the output."""
+    inputs: tuple[tuple[int, torch.dtype], ...]
+    """(first byte in the file, dtype) for each file."""
+    is_averaged: bool
+    """False when the bytes of the reference are copied."""
+
+
+def read_sources(paths: Sequence[Path]) -> tuple[Source, ...]:
+    """The headers of the files, checked to hold the same adapter; ValueError names file and key."""
+    sources = tuple(Source(path=path, header=read_header(path)) for path in paths)
+    for source in sources:
+        _check_is_adapter(source)
+    for other in sources[1:]:
+        _check_same_tensors(sources[0], other)
+    _check_same_alphas(sources)
+    return sources
+
+
+def is_averaged(key: str, sources: Sequence[Source]) -> bool:
+    """Whether a tensor is averaged, not copied: alphas and integer tensors are copied."""
+    return not key.endswith(ALPHA) and _is_floating(sources[0].header.tensors[key])
+
+
+def output_layout(reference: Source) -> dict[str, TensorEntry]:
+    """The output as safetensors would lay it out: keys, shapes and dtypes of the reference."""
+    tensors = reference.header.tensors
+    return saved_layout({key: (entry.dtype, entry.shape) for key, entry in tensors.items()})
+
+
+def spans(sources: Sequence[Source], reference: Source) -> Iterator[Span]:
+    """The output in order, in the longest runs that are contiguous in every file.
+
+    A copied float tensor (an alpha) inside a run is averaged with it and written over afterwards.
+    """
+    run: list[str] = []
+    for key in output_layout(reference):
+        if run and not _continues(run[-1], key, sources):
+            yield _span(run, sources, reference)
+            run = []
+        run.append(key)
+    if run:
+        yield _span(run, sources, reference)
+
+
+def copied_inside(span: Span, sources: Sequence[Source]) -> Iterator[tuple[int, int, str]]:
+    """(first element, last + 1, key) of the tensors of an averaged span that are to be copied."""
+    position = 0
+    for key in span.keys:
+        size = math.prod(sources[0].header.tensors[key].shape)
+        if not is_averaged(key, sources):
+            yield position, position + size, key
+        position += size
+
+
+def key_at(span: Span, element: int, source: Source) -> str:
+    """Which tensor of a span holds an element."""
+    position = 0
+    for key in span.keys:
+        position += math.prod(source.header.tensors[key].shape)
+        if element < position:
+            return key
+    raise IndexError(element)
+
+
+def _continues(previous: str, key: str, sources: Sequence[Source]) -> bool:
+    for source in sources:
+        before, after = source.header.tensors[previous], source.header.tensors[key]
+        if before.end != after.start or before.dtype != after.dtype or not _is_floating(after):
+            return False
+    return True
+
+
+def _span(keys: list[str], sources: Sequence[Source], reference: Source) -> Span:
+    tensors = reference.header.tensors
+    return Span(
+        keys=tuple(keys),
+        elements=sum(math.prod(tensors[key].shape) for key in keys),
+        dtype=DTYPES[tensors[keys[0]].dtype],
+        inputs=tuple(
+            (source.header.tensors[keys[0]].start, DTYPES[source.header.tensors[keys[0]].dtype])
+            for source in sources
+        ),
+        is_averaged=any(is_averaged(key, sources) for key in keys),
+    )
+
+
+def _is_floating(entry: TensorEntry) -> bool:
+    return DTYPES[entry.dtype].is_floating_point
+
+
+def _check_is_adapter(source: Source) -> None:
+    tensors = source.header.tensors
+    if not any(_ADAPTER_KEY.search(key) for key in tensors):
+        example = next(iter(tensors), "no tensors at all")
+        raise ValueError(
+            f"{source.path}: not a LoRA file (it holds {example}); choose adapter files only"
+        )
+    for key, entry in tensors.items():
+        if entry.dtype not in DTYPES:
+            raise ValueError(
+                f"{source.path}: {key} has dtype {entry.dtype}, which cannot be averaged; "
+                f"known dtypes: {', '.join(DTYPES)}"
+            )
+        size = math.prod(entry.shape) * DTYPES[entry.dtype].itemsize
+        if entry.end - entry.start != size:
+            raise ValueError(
+                f"{source.path}: {key} takes {entry.end - entry.start} bytes where {entry.dtype} "
+                f"of shape {entry.shape} takes {size}; the file is damaged, save it again"
+            )
+
+
+def _check_same_tensors(one: Source, other: Source) -> None:
+    ours, theirs = one.header.tensors, other.header.tensors
+    for key in sorted(ours.keys() ^ theirs.keys()):
+        has, lacks = (one, other) if key in ours else (other, one)
+        raise ValueError(
+            f"{lacks.path}: lacks {key}, which {has.path.name} has; "
+            "all files must hold the same adapter, saved in one run"
+        )
+    for key, entry in theirs.items():
+        if entry.shape != ours[key].shape:
+            raise ValueError(
+                f"{other.path}: {key} has shape {entry.shape}, but {ours[key].shape} in "
+                f"{one.path.name}; all files must hold the same adapter, saved in one run"
+            )
+        if not key.endswith(ALPHA) and _is_floating(entry) != _is_floating(ours[key]):
+            raise ValueError(
+                f"{other.path}: {key} is {entry.dtype}, but {ours[key].dtype} in {one.path.name}; "
+                "numbers and integers cannot be averaged, convert one of the files"
+            )
+
+
+def _check_same_alphas(sources: Sequence[Source]) -> None:
+    for key in sources[0].header.tensors:
+        if not key.endswith(ALPHA):
+            continue
+        ours = sources[0].read(key).double()
+        for other in sources[1:]:
+            theirs = other.read(key).double()
+            if not torch.allclose(ours, theirs, rtol=ALPHA_RTOL, atol=ALPHA_ATOL):
+                raise ValueError(
+                    f"{other.path}: {key} is {theirs.tolist()}, but {ours.tolist()} in "
+                    f"{sources[0].path.name}; files with different alphas scale their weights "
+                    "differently and cannot be averaged"
+                )

@@ -1,0 +1,105 @@
+"""Load Checkpoints, the node that finds the adapter files of a run."""
+
+from pathlib import Path
+
+import folder_paths
+from comfy_api.latest import io
+from typing_extensions import override
+
+from ..engine.checkpoints import Checkpoints, find_checkpoints
+from . import sockets
+
+TOP = "."
+"""The choice that means output/loras itself."""
+
+
+def chosen_folder(folder: str, path: str = "") -> Path:
+    """The folder that the widgets name: `path` wins; relative ones lie under output/loras."""
+    named = path.strip() or folder.strip() or TOP
+    return _loras() / Path(named).expanduser()
+
+
+def _loras() -> Path:
+    return Path(folder_paths.get_output_directory()) / "loras"
+
+
+def _run_folders() -> list[str]:
+    """Folders under output/loras that hold adapter files, the newest first."""
+    loras = _loras()
+    newest: dict[str, float] = {}
+    for file in loras.rglob("*.safetensors"):
+        name = file.parent.relative_to(loras).as_posix()
+        newest[name] = max(newest.get(name, 0.0), file.stat().st_mtime)
+    return sorted(newest, key=lambda name: -newest[name]) or [TOP]
+
+
+class BraidLoadCheckpoints(io.ComfyNode):
+    @classmethod
+    @override
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="BraidLoadCheckpoints",
+            display_name="Load Checkpoints",
+            category=sockets.TRAINING,
+            description="The LoRA files that one training run saved, in training order: Braid's, "
+            "musubi-tuner's, kohya's or ComfyUI's own.",
+            search_aliases=["lora folder", "epochs", "post-hoc ema", "training run"],
+            inputs=[
+                io.Combo.Input(
+                    "folder",
+                    options=_run_folders(),
+                    tooltip="Folder under output/loras in which the run saved, newest first. "
+                    "'.' is output/loras itself.",
+                ),
+                io.String.Input(
+                    "pattern",
+                    default="*.safetensors",
+                    tooltip="Which files of the folder, as a glob: my_run-*.safetensors takes one "
+                    "run out of a folder of several. Merged files and EMA shadows are left out.",
+                ),
+                io.String.Input(
+                    "path",
+                    default="",
+                    optional=True,
+                    advanced=True,
+                    tooltip="Any other folder, as an absolute path; wins over folder. Empty = use "
+                    "folder.",
+                ),
+            ],
+            outputs=[
+                sockets.Checkpoints.Output(
+                    "checkpoints",
+                    tooltip="The files with their steps, and the EMA shadows beside them, for the "
+                    "EMA nodes.",
+                )
+            ],
+        )
+
+    @classmethod
+    @override
+    def validate_inputs(cls, folder: str, path: str = "") -> bool:
+        """Any folder may be typed; whether it exists is said when the node runs."""
+        return True
+
+    @classmethod
+    @override
+    def fingerprint_inputs(cls, folder: str, pattern: str, path: str = "") -> str:
+        """Changes with the files: their names, times and sizes."""
+        chosen = chosen_folder(folder, path)
+        if not chosen.is_dir():
+            return "no such folder"
+        stats = ((file.name, file.stat()) for file in sorted(chosen.glob("*.safetensors")))
+        return repr([(name, stat.st_mtime_ns, stat.st_size) for name, stat in stats])
+
+    @classmethod
+    @override
+    def execute(cls, folder: str, pattern: str, path: str = "") -> io.NodeOutput:
+        return io.NodeOutput(load_checkpoints(folder, pattern, path))
+
+
+def load_checkpoints(folder: str, pattern: str, path: str = "") -> Checkpoints:
+    """What the node gives for these widgets."""
+    return find_checkpoints(chosen_folder(folder, path), pattern.strip())
+
+
+NODES: list[type[io.ComfyNode]] = [BraidLoadCheckpoints]

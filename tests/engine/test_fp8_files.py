@@ -1,0 +1,178 @@
+import json
+
+import pytest
+import torch
+from comfyui_braid.engine.files import read_header
+from comfyui_braid.engine.fp8.checkpoint import comfy_quant, recognise, write_streamed
+from comfyui_braid.engine.fp8.policy import Decision, Fp8Policy
+from comfyui_braid.engine.fp8.source import map_tensors
+from comfyui_braid.engine.fp8.stream import quantized_stream
+from safetensors.torch import load_file, save_file
+
+CPU = torch.device("cpu")
+FP8 = torch.float8_e4m3fn
+
+
+def weights(**extra):
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "blocks.0.q.weight": torch.randn(8, 128, generator=generator).bfloat16(),
+        "blocks.0.q.bias": torch.randn(8, generator=generator).bfloat16(),
+        "norm.weight": torch.randn(8, generator=generator),
+        **extra,
+    }
+
+
+def test_mapped_tensors_equal_the_file(tmp_path):
+    tensors = weights(empty=torch.empty(0, 3), flag=torch.tensor([True, False]))
+    save_file(tensors, tmp_path / "a.safetensors", {"note": "kept"})
+    source = map_tensors(tmp_path / "a.safetensors")
+    assert source.metadata == {"note": "kept"}
+    assert set(source.tensors) == set(tensors)
+    assert all(torch.equal(source.tensors[key], tensors[key]) for key in tensors)
+
+
+def test_any_shard_brings_all_and_a_missing_one_is_named(tmp_path):
+    tensors = weights()
+    names = list(tensors)
+    for index in range(3):
+        name = f"model-{index + 1:05d}-of-00003.safetensors"
+        save_file({names[index]: tensors[names[index]]}, tmp_path / name)
+    source = map_tensors(tmp_path / "model-00002-of-00003.safetensors")
+    assert set(source.tensors) == set(tensors) and len(source.files) == 3
+    (tmp_path / "model-00003-of-00003.safetensors").unlink()
+    with pytest.raises(ValueError, match="missing: model-00003-of-00003.safetensors"):
+        map_tensors(tmp_path / "model-00001-of-00003.safetensors")
+
+
+def test_a_pickled_checkpoint_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="only .safetensors"):
+        map_tensors(tmp_path / "model.ckpt")
+
+
+def test_streamed_files_are_read_by_safetensors_itself(tmp_path):
+    tensors = weights(codes=torch.randn(4, 4).to(FP8), odd=torch.arange(3, dtype=torch.uint8))
+    tensors["view"] = torch.arange(12.0).view(3, 4).t()
+    write_streamed(tmp_path / "out.safetensors", tensors, {"a": "b"})
+    back = load_file(tmp_path / "out.safetensors")
+    assert set(back) == set(tensors)
+    for key, tensor in tensors.items():
+        same = back[key].view(torch.uint8) if tensor.dtype == FP8 else back[key]
+        assert torch.equal(same, tensor.view(torch.uint8) if tensor.dtype == FP8 else tensor)
+    header = read_header(tmp_path / "out.safetensors")
+    assert header.metadata == {"a": "b"} and header.data_start % 8 == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_stream_quantises_what_was_decided_and_keeps_the_rest(dtype):
+    tensors = {key: tensor.to(dtype) for key, tensor in weights().items()}
+    tensors["head.weight"] = torch.randn(4, 8).to(dtype)
+    decisions = {
+        "blocks.0.q.weight": Decision(quantize=True, reason="chosen"),
+        "head.weight": Decision(quantize=False, reason="kept"),
+    }
+    out, layers = {}, {}
+    for streamed in quantized_stream(tensors, decisions, Fp8Policy(), CPU):
+        out.update(streamed.tensors)
+        if streamed.layer:
+            layers[streamed.layer.name] = streamed.layer
+    assert out["blocks.0.q.weight"].dtype == FP8
+    assert out["blocks.0.q.weight_scale"].shape == (8, 2, 1)
+    assert out["blocks.0.q.weight_scale"].dtype == torch.float32
+    for key in ("blocks.0.q.bias", "norm.weight", "head.weight"):
+        assert torch.equal(out[key], tensors[key]) and out[key] is not tensors[key]
+    assert set(layers) == {"blocks.0.q", "head"}
+    assert layers["blocks.0.q"].bytes_after == 8 * 128 + 8 * 2 * 4
+    assert layers["head"].reason == "kept"
+
+
+def test_a_tensor_with_nan_is_named():
+    tensors = weights()
+    tensors["blocks.0.q.weight"][2, 5] = float("nan")
+    decisions = {"blocks.0.q.weight": Decision(quantize=True, reason="")}
+    with pytest.raises(ValueError, match=r"blocks\.0\.q\.weight: 1 values are NaN or Inf"):
+        list(quantized_stream(tensors, decisions, Fp8Policy(), CPU))
+
+
+def codes():
+    return torch.randn(8, 128).to(FP8)
+
+
+def test_a_float_file_is_not_recognised_as_fp8():
+    assert recognise(weights(), {}) is None
+
+
+@pytest.mark.parametrize(
+    ("scale", "shape", "origin"),
+    [
+        (torch.rand(8, 2, 1).bfloat16(), (8, 2, 1), "musubi-tuner's block"),
+        (torch.rand(8, 1).bfloat16(), (8, 1), "musubi-tuner's block- or channel"),
+        (torch.tensor(0.5).bfloat16(), (), "musubi-tuner's per-tensor"),
+    ],
+)
+def test_musubis_scale_weight_is_read_at_every_granularity(scale, shape, origin):
+    tensors = weights()
+    tensors["blocks.0.q.weight"] = codes()
+    tensors["blocks.0.q.scale_weight"] = scale
+    found = recognise(tensors, {})
+    assert found.origin.startswith(origin) and found.scaled == ("blocks.0.q",)
+    form = found.tensors
+    assert form["blocks.0.q.weight_scale"].shape == shape
+    assert form["blocks.0.q.weight_scale"].dtype == torch.float32
+    assert torch.equal(form["blocks.0.q.weight_scale"].flatten(), scale.float().flatten())
+    assert "blocks.0.q.scale_weight" not in form
+    assert json.loads(bytes(form["blocks.0.q.comfy_quant"].tolist()))["format"] == "float8_e4m3fn"
+
+
+@pytest.mark.parametrize("where", ["marker tensor", "header", "scaled_fp8"])
+def test_comfyuis_scaled_fp8_is_recognised(where):
+    tensors = weights()
+    tensors["blocks.0.q.weight"] = codes()
+    tensors["blocks.0.q.weight_scale"] = torch.tensor(0.5)
+    metadata = {}
+    if where == "marker tensor":
+        tensors["blocks.0.q.comfy_quant"] = comfy_quant("float8_e4m3fn")
+    elif where == "header":
+        layers = {"blocks.0.q": {"format": "float8_e4m3fn"}}
+        metadata["_quantization_metadata"] = json.dumps({"layers": layers})
+    else:
+        tensors["scaled_fp8"] = torch.tensor([0.0, 0.0])
+        tensors["blocks.0.q.scale_weight"] = tensors.pop("blocks.0.q.weight_scale")
+    found = recognise(tensors, metadata)
+    assert found.origin == "ComfyUI's scaled FP8" and "scaled_fp8" not in found.tensors
+
+
+def test_a_plain_cast_is_loaded_as_what_it_is():
+    tensors = weights()
+    tensors["blocks.0.q.weight"] = codes()
+    found = recognise(tensors, {})
+    assert "without scales" in found.origin and found.scaled == ()
+
+
+def test_formats_that_comfyui_knows_better_are_left_to_it():
+    tensors = weights(**{"blocks.0.q.comfy_quant": comfy_quant("nvfp4")})
+    found = recognise(tensors, {})
+    assert "nvfp4" in found.origin and found.scaled == ()
+
+
+def test_a_newer_braid_format_is_refused():
+    tensors = weights(**{"blocks.0.q.comfy_quant": comfy_quant("braid_float8_e4m3fn_spiral")})
+    with pytest.raises(ValueError, match="newer Braid"):
+        recognise(tensors, {})
+
+
+def test_a_two_dimensional_block_scale_is_refused_and_the_layer_named():
+    tensors = weights()
+    tensors["blocks.0.q.weight"] = codes()
+    tensors["blocks.0.q.weight_scale"] = torch.rand(2, 4)
+    with pytest.raises(ValueError, match=r"blocks\.0\.q: a scale of shape \[2, 4\]"):
+        recognise(tensors, {})
+
+
+def test_a_missing_scale_among_scaled_layers_is_refused():
+    tensors = weights()
+    tensors["blocks.0.q.weight"] = codes()
+    tensors["blocks.0.q.scale_weight"] = torch.rand(8, 1)
+    tensors["blocks.1.q.weight"] = codes()
+    with pytest.raises(ValueError, match=r"no scale \(blocks\.1\.q"):
+        recognise(tensors, {})

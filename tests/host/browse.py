@@ -1,0 +1,39 @@
+"""A headless Chromium at a running ComfyUI."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+CHROMIUM_ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+]
+NODES = "(app.graph.nodes ?? app.graph._nodes)"
+READY = "window.app?.graph && window.app.extensionManager?.spinner === false"
+
+
+def chromium() -> str | None:
+    """The path of a Chromium: BRAID_CHROMIUM, else what is installed; None without one."""
+    named = os.environ.get("BRAID_CHROMIUM")
+    return named or shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@contextmanager
+def browsing(url: str, width: int = 1600, height: int = 1000) -> Iterator:
+    """A page with ComfyUI's graph ready, on an empty graph."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as api:
+        browser = api.chromium.launch(executable_path=chromium(), args=CHROMIUM_ARGUMENTS)
+        page = browser.new_page(viewport={"width": width, "height": height})
+        page.goto(url)
+        page.wait_for_function(READY)
+        page.wait_for_function(f"{NODES}.length > 0")  # the host's own first workflow
+        page.evaluate("app.graph.clear()")
+        yield page
+        browser.close()
