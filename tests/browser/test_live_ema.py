@@ -83,7 +83,7 @@ def run_report(page, server) -> dict:
 
 
 def wait_for_these(page, weights: list[float]) -> None:
-    """Until the chart shows these weights: a dynamic combo changes its fields one after the other."""
+    """Until the chart shows these weights; a dynamic combo changes its fields one by one."""
     page.wait_for_function(
         f"""(expected) => {{
           const now = ({WEIGHTS})();
