@@ -9,6 +9,7 @@ latents, range 2.
 """
 
 import argparse
+import logging
 import platform
 import sys
 from pathlib import Path
@@ -166,6 +167,7 @@ def main() -> None:
     parser.add_argument("--samplers", nargs="+", default=["euler", "dpmpp_2m"])
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
     print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, 1 thread")
     letters = [glyphs.LETTERS[i % len(glyphs.LETTERS)] for i in range(arguments.samples)]
     world = World(letters, seed=7)

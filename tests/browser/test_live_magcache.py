@@ -38,7 +38,7 @@ def test_the_strip_follows_the_settings_and_the_steps_of_the_sampler(open_page, 
     page.wait_for_function(f"(id) => ({SENTENCE})(id).startsWith('Preset auto')", arg=cache)
     page.evaluate(SET, [cache, "preset", "HunyuanVideo-T2V 544p"])
     page.evaluate(SET, [cache, "rule.interpolation", "nearest"])
-    wait_for_strip(page, cache, 18, 32)
+    wait_for_strip(page, cache, 19, 31)
     connect = "([a, b]) => app.graph.getNodeById(a).connect(0, app.graph.getNodeById(b), 0)"
     page.evaluate(connect, [cache, sampler])
     page.evaluate(SET, [sampler, "steps", 20])
