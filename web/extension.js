@@ -4,6 +4,7 @@
 
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
+import * as ema from "./ema/chart.js";
 import { describeNode } from "./live/graph.js";
 import { LivePanel } from "./live/panel.js";
 import { stepsDownstream } from "./magcache/downstream.js";
@@ -16,6 +17,7 @@ const CHARTS = {
   BraidMagCachePlan: { noun: "magcache", draw: magcache.draw, height: 190 },
   BraidTimestepSampling: { noun: "timesteps", draw: timesteps.draw, height: 210 },
   BraidTimestepPreview: { noun: "timesteps", draw: timesteps.draw, height: 260 },
+  BraidPostHocEma: { noun: "ema", draw: ema.draw, height: 230 },
 };
 
 const WIDGET = "braid_live";

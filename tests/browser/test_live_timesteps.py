@@ -137,7 +137,8 @@ def test_a_broken_setting_shows_the_nodes_own_sentence_and_mending_it_the_chart(
     sentence = (
         "min_timestep is 700 and max_timestep is 300; they must satisfy 0 <= min < max <= 1000"
     )
-    assert wait_for_sentence(page, "preview", sentence) == page.evaluate(SENTENCE, "sampling")
+    shown = [wait_for_sentence(page, node, sentence) for node in ("preview", "sampling")]
+    assert shown[0] == shown[1]
     assert page.evaluate(CHART, "preview") == []
     page.evaluate(SET, ["sampling", "max_timestep", 1000])
     wait_for_change(page, "preview", [])
