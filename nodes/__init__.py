@@ -8,6 +8,7 @@ from . import (
     ema,
     fp8,
     live,
+    magcache,
     network,
     playground,
     timesteps,
@@ -23,6 +24,7 @@ NODES: list[type[io.ComfyNode]] = [
     *checkpoints.NODES,
     *ema.NODES,
     *fp8.NODES,
+    *magcache.NODES,
     *playground.NODES,
 ]
 """Every node of the pack, in menu order."""

@@ -13,12 +13,15 @@ from ..engine.comfyui.loader import Fp8Request, load_fp8
 from ..engine.fp8.chart import error_chart
 from ..engine.fp8.policy import Fp8Policy, LayerPatterns
 from ..engine.fp8.report import Fp8Report
+from ..engine.playground.model import WEIGHTS
 from .sockets import FP8
 
 NO_LORA = "none"
+PLAYGROUND = "braid_playground.safetensors"
+"""The small model that comes with Braid, in the list of every installation."""
 
 
-class Fp8Loader(io.ComfyNode):
+class BraidFp8Loader(io.ComfyNode):
     @classmethod
     @override
     def define_schema(cls) -> io.Schema:
@@ -34,7 +37,7 @@ class Fp8Loader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "unet_name",
-                    options=folder_paths.get_filename_list("diffusion_models"),
+                    options=[*folder_paths.get_filename_list("diffusion_models"), PLAYGROUND],
                     tooltip="The model file: .safetensors in fp32, fp16 or bf16. Shards "
                     "(-00001-of-00004) are found by any one of them; full checkpoints work too. A file "
                     "that is FP8 already is loaded as it is.",
@@ -115,7 +118,9 @@ class Fp8Loader(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Model.Output(tooltip="The model, ready for samplers, LoRAs and training."),
+                io.Model.Output(
+                    "model", tooltip="The model, ready for samplers, LoRAs and training."
+                ),
                 io.String.Output(
                     "report",
                     display_name="report",
@@ -149,7 +154,7 @@ class Fp8Loader(io.ComfyNode):
         )
         loaded = load_fp8(
             Fp8Request(
-                path=Path(folder_paths.get_full_path_or_raise("diffusion_models", unet_name)),
+                path=_model_file(unet_name),
                 policy=policy,
                 lora=None
                 if lora_name == NO_LORA
@@ -161,7 +166,7 @@ class Fp8Loader(io.ComfyNode):
         return io.NodeOutput(loaded.patcher, report, ui=_chart(loaded.report))
 
 
-class SaveFp8(io.ComfyNode):
+class BraidSaveFp8(io.ComfyNode):
     @classmethod
     @override
     def define_schema(cls) -> io.Schema:
@@ -206,7 +211,13 @@ def _chart(report: Fp8Report) -> ui.PreviewImage | None:
     if not report.measured:
         return None
     picture = torch.from_numpy(error_chart(report)).to(torch.float32).div_(255)
-    return ui.PreviewImage(picture.unsqueeze(0), cls=Fp8Loader)
+    return ui.PreviewImage(picture.unsqueeze(0), cls=BraidFp8Loader)
 
 
-NODES = [Fp8Loader, SaveFp8]
+def _model_file(unet_name: str) -> Path:
+    if unet_name == PLAYGROUND:
+        return WEIGHTS
+    return Path(folder_paths.get_full_path_or_raise("diffusion_models", unet_name))
+
+
+NODES = [BraidFp8Loader, BraidSaveFp8]

@@ -16,16 +16,30 @@ from aiohttp import web
 logger = logging.getLogger("comfyui_braid.live")
 
 
+class DecidedByTheRunError(ValueError):
+    """A chart needs a widget whose value comes from a linked node."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LiveNode:
     """A node of the open graph: its widgets, and the Braid nodes linked to its inputs."""
 
     node_id: str
     """The class of the node, as in the public contract."""
-    values: dict[str, Any]
-    """Widget values as `execute` would get them; None where a linked node decides at run time."""
+    widgets: dict[str, Any]
+    """Widget values, dynamic combos nested; None where a linked node decides at run time."""
     inputs: dict[str, "LiveNode"] = field(default_factory=dict)
     """Linked node of each linked input; nodes of other packs are left out."""
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """Widget values as `execute` would get them; DecidedByTheRunError where one is unknown."""
+        for name, value in self.widgets.items():
+            if value is None or (isinstance(value, dict) and None in value.values()):
+                raise DecidedByTheRunError(
+                    f"{name} comes from a linked node: run the graph to see its effect here."
+                )
+        return self.widgets
 
 
 LIVE: dict[str, Callable[[LiveNode], dict[str, Any]]] = {}
@@ -36,7 +50,7 @@ def parse_live_node(body: Mapping[str, Any]) -> LiveNode:
     """The browser's JSON (node_id, values, inputs) as a LiveNode."""
     return LiveNode(
         node_id=body["node_id"],
-        values=_nested(body["values"]),
+        widgets=_nested(body["values"]),
         inputs={name: parse_live_node(linked) for name, linked in body["inputs"].items()},
     )
 
@@ -80,23 +94,14 @@ async def _answer(request: web.Request) -> web.Response:
         node = parse_live_node(await request.json())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return web.json_response({"error": f"not a node: {error!r}"}, status=400)
-    unknown = _linked_widget(node)
-    if unknown:
-        message = f"{unknown} comes from a linked node: run the graph to see its value here."
-        return web.json_response({"message": message})
     return web.json_response(await asyncio.to_thread(_computed, compute, node))
-
-
-def _linked_widget(node: LiveNode) -> str | None:
-    """The first widget whose value only a run can know."""
-    own = (name for name, value in node.values.items() if value is None)
-    upstream = (_linked_widget(linked) for linked in node.inputs.values())
-    return next(own, None) or next(filter(None, upstream), None)
 
 
 def _computed(compute: Callable[[LiveNode], dict[str, Any]], node: LiveNode) -> dict[str, Any]:
     try:
         return compute(node)
+    except DecidedByTheRunError as message:
+        return {"message": str(message)}
     except (ValueError, FileNotFoundError) as error:
         return {"error": str(error)}
     except (KeyError, TypeError) as error:

@@ -1,9 +1,9 @@
 """Skipping a block stack through ComfyUI's block-replace hooks: `measure = blocks`, as the paper.
 
 The hooks see every block of the `dit` stacks. On a computed call the hidden state before the first
-block is cloned (blocks add to it in place) and the residual after the last one is taken; on a skipped
-call every block hands its input on and the last one adds the residual. Replacements of other nodes
-stay: they are called wherever a block is.
+block is cloned (blocks add to it in place) and the residual after the last one is taken; on a
+skipped call every block hands its input on and the last one adds the residual. Replacements of
+other nodes stay: they are called wherever a block is.
 """
 
 from collections.abc import Callable
@@ -48,7 +48,7 @@ def block_keys(patcher: ModelPatcher) -> list[BlockKey]:
 
 
 def with_hooks(options: dict[str, Any], hooks: dict[BlockKey, Replace]) -> dict[str, Any]:
-    """A copy of `transformer_options` with `hooks` around whatever replaces those blocks already."""
+    """A copy of `transformer_options` with `hooks` around the replacements already there."""
     replaced = dict(options.get("patches_replace", {}))
     present = dict(replaced.get("dit", {}))
     replaced["dit"] = {

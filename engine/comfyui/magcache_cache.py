@@ -65,7 +65,7 @@ class ResidualCache:
 
 
 def velocity(x: Tensor, denoised: Tensor, sigma: float) -> Tensor:
-    """d = (x - D(x; sigma)) / sigma: the flow's velocity, or epsilon (Karras et al. 2022, Eq. 1)."""
+    """d = (x - D(x; sigma)) / sigma: velocity, or epsilon (Karras et al. 2022, Eq. 1)."""
     return (x - denoised).div_(sigma)
 
 

@@ -13,14 +13,8 @@ from ..magcache.plan import POSITIVE, Conditions, MagCachePlan
 from .magcache_blocks import BlockKey, StackMeasure, block_keys, with_hooks
 from .magcache_cache import Key, slices, velocity
 from .magcache_conditions import run_conditions
-from .magcache_patch import (
-    CALIBRATE_KEY,
-    KEY,
-    ConditioningNames,
-    conditioning_keys,
-    detach,
-    refuse_rivals,
-)
+from .magcache_patch import CALIBRATE_KEY, detach, refuse_rivals
+from .magcache_run import KEY, ConditioningNames, conditioning_keys
 from .magcache_samplers import StepClock, calls_follow_schedule
 
 GUIDED = "guided prediction"
@@ -90,7 +84,7 @@ class Calibrator:
         self.plans: list[MagCachePlan] = []
 
     def attach(self, model: ModelPatcher) -> ModelPatcher:
-        """A clone of `model` that computes every step and measures; a MagCache on it is taken off."""
+        """A clone of `model` that computes and measures every step, without any MagCache."""
         refuse_rivals(model.model_options)
         if self.measure == "blocks":
             block_keys(model)
@@ -154,7 +148,14 @@ def predict_noise(executor, x, timestep, model_options=None, seed=None):
 
 
 def apply_model(
-    executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs
+    executor,
+    x,
+    t,
+    c_concat=None,
+    c_crossattn=None,
+    control=None,
+    transformer_options=None,
+    **kwargs,
 ):
     """APPLY_MODEL wrapper: the residual of every conditioning of a batch."""
     options = transformer_options or {}

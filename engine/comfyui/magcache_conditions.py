@@ -66,7 +66,7 @@ def run_conditions(
 
 
 def schedule_knots(patcher: ModelPatcher, steps: int) -> list[float]:
-    """Noise levels of a full run of `steps` on this model: where a published list is taken to lie."""
+    """Noise levels of a full run on this model: where a published list is taken to lie."""
     model_sampling = patcher.get_model_object("model_sampling")
     return comfy.samplers.calculate_sigmas(model_sampling, "simple", steps).tolist()[:steps]
 

@@ -1,4 +1,4 @@
-"""What MagCache must know about a sampler: at which noise levels it calls, and whether it adds noise."""
+"""What MagCache must know about a sampler: its calls' noise levels, and whether it adds noise."""
 
 import bisect
 import inspect

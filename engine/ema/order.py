@@ -67,19 +67,19 @@ def selected(order: TrainedOrder, first: int = 1, last: int = 0) -> TrainedOrder
 
 
 def _by_training_time(checkpoints: Sequence[Checkpoint]) -> TrainedOrder:
-    times: dict[Path, int | None] = {item.path: item.step for item in checkpoints}
+    known = {item.path: item.step for item in checkpoints if item.step is not None}
     unit, order_from = "steps", "steps in the metadata or file name"
-    if None in times.values():
-        times = {path: epoch_of(path, read_header(path).metadata) for path in times}
+    unstepped = [item.path for item in checkpoints if item.step is None]
+    if unstepped:
+        found = {item.path: _epoch(item.path) for item in checkpoints}
+        known = {path: epoch for path, epoch in found.items() if epoch is not None}
         unit, order_from = "epochs", "epochs in the file name or metadata"
-    silent = [path.name for path, time in times.items() if time is None]
-    if silent:
+    if len(known) < len(checkpoints):
         raise ValueError(
-            f"{silent[0]}: neither metadata (ss_steps, ss_epoch) nor name (-step00000100, -000012, "
-            f"_100_steps_) tells when it was saved ({len(silent)} of {len(times)} files); rename "
-            "it, leave it out, or sort by mtime or given"
+            f"{unstepped[0].name}: neither metadata (ss_steps, ss_epoch) nor name (-step00000100, "
+            f"-000012, _100_steps_) tells when it was saved ({len(unstepped)} of "
+            f"{len(checkpoints)} files); rename it, leave it out, or sort by mtime or given"
         )
-    known = {path: time for path, time in times.items() if time is not None}
     ordered = sorted(known, key=lambda path: (known[path], path.name))
     kept: list[Path] = []
     duplicates: list[Path] = []
@@ -96,6 +96,10 @@ def _by_training_time(checkpoints: Sequence[Checkpoint]) -> TrainedOrder:
         order_from=order_from,
         duplicates=tuple(duplicates),
     )
+
+
+def _epoch(path: Path) -> int | None:
+    return epoch_of(path, read_header(path).metadata)
 
 
 def _in_this_order(checkpoints: Sequence[Checkpoint], order_from: str) -> TrainedOrder:

@@ -15,8 +15,8 @@ def consecutive_change(previous: Tensor, current: Tensor, channel_dim: int) -> T
     """(3,) ratio, spread and cosine distance of `current` over `previous`, token by token.
 
     norm_ratio = mean(|cur| / |prev|), norm_std its unbiased standard deviation, cos_dis =
-    mean(1 - cos), with norms over `channel_dim` (musubi-tuner and the authors; behaviour 8.4). Tokens
-    whose previous residual is zero say nothing about a ratio and are left out.
+    mean(1 - cos), with norms over `channel_dim` (musubi-tuner and the authors; behaviour 8.4).
+    Tokens whose previous residual is zero say nothing about a ratio and are left out.
     """
     previous, current = previous.float(), current.float()
     before = torch.linalg.vector_norm(previous, dim=channel_dim)
@@ -39,7 +39,7 @@ def sketch_index(elements: int) -> Tensor | None:
 
 
 class ResidualRecorder:
-    """Collects one conditioning's residuals, one call a step; keeps one residual and small samples."""
+    """Collects one conditioning's residuals step by step; keeps the last, and small samples."""
 
     def __init__(self, label: str, channel_dim: int) -> None:
         self.label = label
@@ -97,7 +97,9 @@ def average_plans(plans: Sequence[MagCachePlan]) -> MagCachePlan:
     return MagCachePlan(
         name=last.name,
         conditions=last.conditions,
-        curves=tuple(_average_curve(curves) for curves in zip(*(p.curves for p in plans), strict=True)),
+        curves=tuple(
+            _average_curve(curves) for curves in zip(*(p.curves for p in plans), strict=True)
+        ),
         inner_products=tuple(
             averaged(rows) for rows in zip(*(p.inner_products for p in plans), strict=True)
         ),
@@ -125,9 +127,9 @@ def calibrated_plan(
 ) -> MagCachePlan:
     """The plan of one full run.
 
-    `recorders`: one per conditioning, for the ratios. `cached`: whose inner products the planned rule
-    reads; for a cached velocity that is the guided prediction alone, because the line through two
-    predictions is linear and so commutes with guidance.
+    `recorders`: one per conditioning, for the ratios. `cached`: whose inner products the planned
+    rule reads; for a cached velocity that is the guided prediction alone, because the line
+    through two predictions is linear and so commutes with guidance.
     """
     triangles = [recorder.inner_products() for recorder in cached]
     return MagCachePlan(

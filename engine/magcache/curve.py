@@ -1,8 +1,8 @@
 """Magnitude ratios at noise levels where they were not measured.
 
-The paper's code picks the nearest one-step ratio of the list. When fewer steps are run each gap spans
-several measured steps, and their ratios multiply: ratio(a -> b) = exp(L(b) - L(a)), where L is the
-cumulative log-magnitude over sigma. It holds for any step count, shift, range and sampler.
+The paper's code picks the nearest one-step ratio of the list. When fewer steps are run each gap
+spans several measured steps, and their ratios multiply: ratio(a -> b) = exp(L(b) - L(a)), where L
+is the cumulative log-magnitude over sigma. It holds for any step count, shift, range and sampler.
 """
 
 import bisect

@@ -60,7 +60,12 @@ def calibration_picture(plan: MagCachePlan) -> NDArray[np.uint8]:
         if curve.spread:
             spread = np.asarray(curve.spread)
             ratios.fill_between(
-                steps, values - spread, values + spread, color=look["color"], alpha=0.15, linewidth=0
+                steps,
+                values - spread,
+                values + spread,
+                color=look["color"],
+                alpha=0.15,
+                linewidth=0,
             )
     band = "\n(band: spread over tokens)" if any(curve.spread for curve in plan.curves) else ""
     ratios.set_ylabel(f"magnitude ratio to the step before{band}", fontsize=8)
@@ -108,7 +113,7 @@ def _looks(count: int) -> list[dict[str, Any]]:
 
 
 def schedule_picture(schedule: Schedule, title: str) -> NDArray[np.uint8]:
-    """(H, W, 3) a strip of computed and skipped steps over the error gathered since a computed one."""
+    """(H, W, 3) a strip of computed and skipped steps over the error gathered on them."""
     figure, canvas = _figure(7.4, 3.6)
     strip, errors = figure.subplots(2, 1, sharex=True, height_ratios=(1, 3))
     _draw_strip(strip, schedule)
@@ -132,7 +137,7 @@ def schedule_picture(schedule: Schedule, title: str) -> NDArray[np.uint8]:
 
 
 def _error_label(schedule: Schedule) -> str:
-    if schedule.extrapolate or schedule.error == schedule.predicted_rms:
+    if schedule.planned:
         return "predicted error since the\nlast computed step (latent RMS)"
     return "accumulated |1 − ratio| since\nthe last computed step"
 

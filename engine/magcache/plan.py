@@ -36,7 +36,7 @@ class Conditions:
     """Guidance scale of the run."""
     dtype: str = ""
     """Data type the model computed in."""
-    measure: str = "blocks"
+    measure: str = ""
     """`latent` (output of the whole model) or `blocks` (residual of the block stack)."""
     quantity: str = "velocity"
     """`velocity`, or `denoised` for samplers that add noise."""
@@ -175,8 +175,8 @@ def _floats(row: Sequence[Any]) -> tuple[float, ...]:
 def plan_from_ratios(text: str, name: str = "mag_ratios") -> MagCachePlan:
     """A plan from musubi's `--magcache_mag_ratios` text: comma-separated, one curve.
 
-    Several lines are the sections of one video; they are averaged, as musubi's documentation advises.
-    ValueError names the value that is not a number above 0, or the line of another length.
+    Several lines are the sections of one video; they are averaged, as musubi's documentation
+    advises. ValueError names the value that is not a number above 0, or the line of another length.
     """
     sections = [_parse_line(line) for line in text.splitlines() if line.strip(" ,\t")]
     if not sections:
@@ -240,7 +240,9 @@ def mismatches(measured: Conditions, running: Conditions) -> list[str]:
         was, now = _field(measured, field), _field(running, field)
         if was in ("", (), None) or now in ("", (), None) or _same(was, now):
             continue
-        found.append(f"{field}: calibrated with {_show(was)}, running with {_show(now)} ({meaning})")
+        found.append(
+            f"{field}: calibrated with {_show(was)}, running with {_show(now)} ({meaning})"
+        )
     if measured.sigmas and running.sigmas:
         found += _outside(measured.sigmas, running.sigmas)
     return found

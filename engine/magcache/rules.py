@@ -60,9 +60,7 @@ class PlannedRule:
         if self.k < 0:
             raise ValueError(f"k: got {self.k}, allowed are 0 and above")
         if self.predict not in ("extrapolate", "reuse"):
-            raise ValueError(
-                f"predict: got {self.predict!r}, allowed are extrapolate and reuse"
-            )
+            raise ValueError(f"predict: got {self.predict!r}, allowed are extrapolate and reuse")
         if self.max_error < 0:
             raise ValueError(f"max_error: got {self.max_error}, allowed are 0 and above")
 
@@ -85,9 +83,10 @@ def accumulated_errors(
 ) -> tuple[list[int], list[float]]:
     """Skipped steps, and the accumulated error at every step (0 where it is computed).
 
-    `curves[c][i]` is the ratio of step i to step i - 1 for conditioning c; a step is skipped only when
-    every conditioning may skip it, so that a skipped step costs no evaluation at all. With one curve
-    this is the reference rule: E sums |1 - R| over consecutive skipped steps, R multiplies up.
+    `curves[c][i]` is the ratio of step i to step i - 1 for conditioning c; a step is skipped only
+    when every conditioning may skip it, so that a skipped step costs no evaluation at all. With
+    one curve this is the reference rule: E sums |1 - R| over consecutive skipped steps, R
+    multiplies up.
     """
     steps = len(allowed)
     first = max(int(rule.retention_ratio * steps), 1)

@@ -1,4 +1,4 @@
-"""From a plan and the noise levels of a run to the steps it will skip. Decided once, before it runs."""
+"""From a plan and a run's noise levels to the steps it will skip; decided once, before it runs."""
 
 import math
 from collections.abc import Sequence
@@ -35,9 +35,12 @@ class Schedule:
     """At every step the error gathered since the last computed one; 0 where it is computed. Sum of
     |1 - ratio| for the paper's rule, weighted RMS prediction error for a planned schedule."""
     error: float
-    """Planned: predicted RMS error of the final latent. Paper's rule: largest accumulated error."""
+    """Planned: predicted RMS error of the final latent (of the hidden state, for a calibration of
+    blocks). Paper's rule: largest accumulated error."""
     predicted_rms: float | None
-    """Predicted RMS error of the final latent in latent units; None without a calibration."""
+    """Predicted RMS error of the final latent in latent units; None without a calibration of it."""
+    planned: bool
+    """True for the planned rule, False for the paper's."""
     extrapolate: bool
     """True when skipped steps lie on the line through the last two computed ones."""
     warnings: tuple[str, ...] = ()
@@ -68,9 +71,10 @@ def plan_schedule(
 ) -> Schedule:
     """The schedule of one run.
 
-    `sigmas`: the run's steps + 1 noise levels, falling. `allowed`: steps that may be skipped (default
-    all). `knots`: where the ratios of a plan without its own noise levels lie; by default the run's
-    schedule resampled to the plan's number of steps. ValueError when `planned` has no calibration.
+    `sigmas`: the run's steps + 1 noise levels, falling. `allowed`: steps that may be skipped
+    (default all). `knots`: where the ratios of a plan without its own noise levels lie; by
+    default the run's schedule resampled to the plan's number of steps. ValueError when `planned`
+    has no calibration.
     """
     sigmas = tuple(float(sigma) for sigma in sigmas)
     steps = len(sigmas) - 1
@@ -78,7 +82,8 @@ def plan_schedule(
     warnings = list(_few_steps(steps, rule))
     if isinstance(rule, PlannedRule) and not plan.calibrated:
         raise ValueError(
-            f"rule 'planned' needs a calibration, and {plan.name!r} is a list of ratios: run MagCache "
+            f"rule 'planned' needs a calibration, and {plan.name!r} is a list of ratios: run "
+            "MagCache "
             "Calibrate once and connect its plan, or choose rule 'magcache'"
         )
     if rule.off or steps < 2 or not any(allowed):
@@ -104,6 +109,7 @@ def _nothing_skipped(sigmas: tuple[float, ...], warnings: list[str]) -> Schedule
         accumulated=(0.0,) * (len(sigmas) - 1),
         error=0.0,
         predicted_rms=0.0,
+        planned=False,
         extrapolate=False,
         warnings=tuple(warnings),
     )
@@ -139,10 +145,16 @@ def _magcache(
         skipped=tuple(skipped),
         accumulated=tuple(errors),
         error=max(errors),
-        predicted_rms=_predicted_rms(plan, sigmas, skipped) if plan.calibrated else None,
+        predicted_rms=_predicted_rms(plan, sigmas, skipped) if _of_latents(plan) else None,
+        planned=False,
         extrapolate=False,
         warnings=tuple(warnings),
     )
+
+
+def _of_latents(plan: MagCachePlan) -> bool:
+    """True when the calibration's errors are errors of the latent, not of hidden states."""
+    return plan.calibrated and plan.conditions.measure == "latent"
 
 
 def _predicted_rms(plan: MagCachePlan, sigmas: Sequence[float], skipped: Sequence[int]) -> float:
@@ -160,8 +172,8 @@ def _errors(
 ) -> tuple[Array, Array]:
     """Prediction errors of the run's steps, and what each costs the final latent to first order.
 
-    An error e of the velocity over one step moves the latent by e |d sigma|; an error of the denoised
-    latent is an error e / sigma of the velocity.
+    An error e of the velocity over one step moves the latent by e |d sigma|; an error of the
+    denoised latent is an error e / sigma of the velocity.
     """
     at = np.asarray(sigmas)
     interpolate = interpolation_weights(plan.conditions.sigmas[:-1], at[:-1])
@@ -200,7 +212,8 @@ def _planned(
         skipped=tuple(step for step in range(steps) if step not in set(computed)),
         accumulated=gathered_errors(errors, weights, computed),
         error=float(least[-1, gap, evaluations]),
-        predicted_rms=float(least[-1, gap, evaluations]),
+        predicted_rms=float(least[-1, gap, evaluations]) if _of_latents(plan) else None,
+        planned=True,
         extrapolate=rule.predict == "extrapolate",
         warnings=tuple(warnings),
     )

@@ -4,8 +4,8 @@ A skipped step i is predicted from the last two computed steps a < b by the line
 
     r_hat = (1 + w) r_b - w r_a,    w = (sigma_i - sigma_b) / (sigma_b - sigma_a),
 
-so its error ||r_i - r_hat|| is a quadratic form in the inner products of r_a, r_b, r_i, and depends on
-both. The state of the path is therefore the pair. w = 0 is plain reuse.
+so its error ||r_i - r_hat|| is a quadratic form in the inner products of r_a, r_b, r_i, and
+depends on both. The state of the path is therefore the pair. w = 0 is plain reuse.
 """
 
 from collections.abc import Sequence
@@ -56,8 +56,8 @@ def full_matrix(lower_triangle: Sequence[Sequence[float]]) -> Array:
 def prediction_errors(inner: Array, sigmas: Array, reach: int, extrapolate: bool) -> Array:
     """RMS error of predicting step b + s from computed steps b - g and b.
 
-    `inner` (N, N) are the inner products of the steps' residuals. Returns (N, reach + 1, reach): axes
-    b, g - 1, s - 1; entries past the end of the run, or with b - g < 0, mean reuse of step b.
+    `inner` (N, N) are the inner products of the steps' residuals. Returns (N, reach + 1, reach):
+    axes b, g - 1, s - 1; entries past the end of the run, or with b - g < 0, mean reuse of step b.
     """
     steps = len(sigmas)
     b = np.arange(steps)[:, None, None]
@@ -81,7 +81,8 @@ def prediction_errors(inner: Array, sigmas: Array, reach: int, extrapolate: bool
 def jump_costs(errors: Array, weights: Array, may_skip: NDArray[np.bool_]) -> Array:
     """Cost of going from computed step b straight to b + h: the skipped steps' weighted errors.
 
-    Returns (N, reach + 1, reach + 1): axes b, g - 1, h - 1; infinite where a step may not be skipped.
+    Returns (N, reach + 1, reach + 1): axes b, g - 1, h - 1; infinite where a step may not be
+    skipped.
     """
     steps, gaps, reach = errors.shape
     i = np.arange(steps)[:, None] + np.arange(1, reach + 1)[None, :]
@@ -96,8 +97,8 @@ def jump_costs(errors: Array, weights: Array, may_skip: NDArray[np.bool_]) -> Ar
 def least_error_paths(costs: Array, warmup: int) -> tuple[Array, Gaps]:
     """Dynamic programme over (last computed step, gap to the one before, evaluations so far).
 
-    The first `warmup` steps are computed. Returns the least cost to be at each state, and the gap of
-    the state it was reached from; both (N, reach + 1, N + 1).
+    The first `warmup` steps are computed. Returns the least cost to be at each state, and the gap
+    of the state it was reached from; both (N, reach + 1, N + 1).
     """
     steps, gaps, jumps = costs.shape
     least = np.full((steps, gaps, steps + 1), np.inf)

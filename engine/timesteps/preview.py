@@ -73,7 +73,7 @@ def measure_preview(settings: PreviewSettings) -> Preview:
     sampling = settings.sampling
     law = sampling.distribution(*settings.cells)
     stream = TimestepStream(sampling, settings.samples, settings.seed)
-    drawn = stream.draw(range(settings.samples), *settings.cells)
+    drawn = stream.draw(np.arange(settings.samples), *settings.cells)
     t = _curve_points(sampling.low, sampling.high)
     density, weight = law.density(t), sampling.loss_weight(t)
     edges = torch.linspace(0.0, 1.0, settings.bins + 1, dtype=torch.float64)

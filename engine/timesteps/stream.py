@@ -73,20 +73,20 @@ class TimestepStream:
         )
         self._pool = functools.lru_cache(maxsize=4)(pool)
 
-    def uniforms(self, items: Sequence[int]) -> Tensor:
+    def uniforms(self, items: Sequence[int] | np.ndarray) -> Tensor:
         """The next u of each item, float64 (len(items),); counts as one visit of each."""
-        if len(set(items)) < len(items):
-            return torch.cat([self.uniforms([item]) for item in items])
         index = np.asarray(items, dtype=np.int64)
+        if _has_duplicates(index):
+            return torch.cat([self.uniforms(index[i : i + 1]) for i in range(len(index))])
         visits = self._visits[index]
         self._visits[index] += 1
         u = np.empty(len(index))
-        for epoch in np.unique(visits).tolist():
+        for epoch in set(visits.tolist()):
             now = visits == epoch
             u[now] = self._pool(epoch)[index[now]]
         return torch.from_numpy(u)
 
-    def draw(self, items: Sequence[int], height: int, width: int) -> Tensor:
+    def draw(self, items: Sequence[int] | np.ndarray, height: int, width: int) -> Tensor:
         """The next noise level t of each item, float64 (len(items),), for latents of
         height x width cells."""
         return self.sampling.distribution(height, width).from_uniform(self.uniforms(items))
@@ -117,3 +117,8 @@ class TimestepStream:
                     "resume with the same setting, or start a new run"
                 )
         self._visits[:] = visits
+
+
+def _has_duplicates(values: np.ndarray) -> bool:
+    ordered = np.sort(values)
+    return bool((ordered[1:] == ordered[:-1]).any())

@@ -2,9 +2,10 @@
 
     OMP_NUM_THREADS=1 python tests/bench/bench_magcache_quality.py [--samples 10] [--steps 50]
 
-Runs the playground's trained FLUX in ComfyUI, CFG 2. The plan is calibrated on one sample (euler, 50
-steps) and used on others, with other letters and seeds. Every row is compared with the full run of
-its own sampler and with a converged solution (400 euler steps). PSNR in the model's latents, range 2.
+Runs the playground's trained FLUX in ComfyUI, CFG 2. The plan is calibrated on one sample (euler,
+50 steps) and used on others, with other letters and seeds. Every row is compared with the full
+run of its own sampler and with a converged solution (400 euler steps). PSNR in the model's
+latents, range 2.
 """
 
 import argparse
@@ -90,7 +91,7 @@ def paper_rule(plan, sigmas, evaluations: int, interpolation: str) -> MagCacheRu
 
 
 def easycache(world: World, sampler: str, sigmas: torch.Tensor, evaluations: int):
-    """EasyCache at the threshold with at most `evaluations`, found by bisection; (samples, count)."""
+    """EasyCache with at most `evaluations`, its threshold found by bisection; (samples, count)."""
     low, high, best = 0.0, 3.0, None
     for _ in range(9):
         threshold = (low + high) / 2

@@ -7,7 +7,7 @@ import torch
 
 from comfyui_braid.engine.timesteps.sampling import MODES, TimestepSampling
 from comfyui_braid.engine.timesteps.stream import TimestepStream
-from comfyui_braid.nodes.live import LIVE, parse_live_node
+from comfyui_braid.nodes.live import LIVE, DecidedByTheRunError, parse_live_node
 from comfyui_braid.nodes.timesteps import NODES, BraidTimestepPreview, BraidTimestepSampling
 
 RANGE = dict(
@@ -115,3 +115,9 @@ def test_a_runs_loss_map_is_overlaid_and_reported_per_bin():
 def test_a_loss_map_of_another_trainer_is_refused():
     with pytest.raises(ValueError, match="loss_map carries no timesteps"):
         BraidTimestepPreview.execute(sampling_of("sigma"), **PREVIEW, loss_map={"loss": [0.1]})
+
+
+def test_a_size_that_a_linked_node_decides_is_said_and_not_guessed():
+    node = parse_live_node(browser_node("shift") | {"values": PREVIEW | {"width": None}})
+    with pytest.raises(DecidedByTheRunError, match="width comes from a linked node"):
+        LIVE["timesteps"](node)

@@ -2,6 +2,7 @@
 // The frame of every live chart: watches, asks, draws. Knows no ComfyUI and no chart.
 
 const LOOK_EVERY_MS = 100;
+const RETRY_AFTER_MS = 3000;
 
 const STYLE = `
   .braid-live { width: 100%; height: 100%; overflow: hidden; box-sizing: border-box; display: flex;
@@ -39,6 +40,7 @@ export class LivePanel {
     this.answer = null;
     this.question = "";
     this.asking = false;
+    this.quietUntil = 0;
     this.timer = 0;
     this.resized = new ResizeObserver(() => this.#render());
   }
@@ -64,18 +66,15 @@ export class LivePanel {
 
   async #look() {
     if (this.asking || document.hidden || !this.element.isConnected) return;
+    if (performance.now() < this.quietUntil) return;
     const question = this.observe();
     if (question === this.question) return;
     this.asking = true;
-    try {
-      this.show(await this.ask(question));
-      this.question = question;
-    } catch {
-      // The server is away; the next look asks again.
-      this.show({ message: "Waiting for the ComfyUI server…" });
-    } finally {
-      this.asking = false;
-    }
+    const answer = await this.ask(question).catch(() => null);
+    this.asking = false;
+    if (answer) this.question = question;
+    else this.quietUntil = performance.now() + RETRY_AFTER_MS; // the server is away
+    this.show(answer ?? { message: "Waiting for the ComfyUI server…" });
   }
 
   #render() {

@@ -6,6 +6,9 @@ import time
 from pathlib import Path
 
 from ..model import load_playground, read_record
+from .averaging import averaging_section
+from .caching import caching_section
+from .quantising import quantising_section
 from .report import write_report
 from .training import noise_levels, train, training_section
 
@@ -23,6 +26,12 @@ def main() -> None:
     say("Training a LoRA …")
     trained = train(model, out / "loras")
     sections.append(training_section(model, trained))
+    say("Averaging its checkpoints …")
+    sections.append(averaging_section(model, trained))
+    say("Quantising the model …")
+    sections.append(quantising_section(model))
+    say("Calibrating and planning the cache …")
+    sections.append(caching_section(model))
     minutes = (time.perf_counter() - started) / 60
     lead = (
         f"Made by `make demo` in {minutes:.1f} minutes on this machine's CPU, with the small FLUX "

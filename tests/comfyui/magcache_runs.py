@@ -1,0 +1,83 @@
+"""Short runs for the MagCache tests."""
+
+import comfy.sample
+import torch
+from comfyui_braid.engine.comfyui.magcache_calibrate import Calibrator
+from comfyui_braid.engine.comfyui.magcache_patch import MagCachePatch, MagCacheSettings
+from comfyui_braid.engine.magcache.plan import plan_from_ratios
+from comfyui_braid.engine.magcache.rules import MagCacheRule
+from tiny_models import conditioning, latent
+
+STEPS = 8
+
+
+def sample(
+    model,
+    name,
+    *,
+    steps=STEPS,
+    cfg=2.0,
+    sampler="euler",
+    scheduler="simple",
+    positive=None,
+    negative=None,
+    noise=None,
+    start=None,
+    **options,
+):
+    """Sample as KSampler does; seed 0."""
+    noise = latent(name) if noise is None else noise
+    with torch.inference_mode():
+        return comfy.sample.sample(
+            model,
+            noise,
+            steps,
+            cfg,
+            sampler,
+            scheduler,
+            conditioning(name, 0) if positive is None else positive,
+            conditioning(name, 1) if negative is None else negative,
+            torch.zeros_like(noise) if start is None else start,
+            seed=0,
+            disable_pbar=True,
+            **options,
+        )
+
+
+def calibrate(model, name, measure="latent", **options):
+    """(plan, samples) of a calibration run."""
+    calibrator = Calibrator(measure)
+    samples = sample(calibrator.attach(model), name, **options)
+    return calibrator.result(), samples
+
+
+def ones(steps=STEPS):
+    """Ratios with which the rule skips as far as k goes."""
+    return plan_from_ratios(",".join(["1"] * steps))
+
+
+GREEDY = MagCacheRule(threshold=1.0, retention_ratio=0.0, k=2)
+"""Computes steps 0, 3, 6, … and the last."""
+
+
+def cached(model, plan=None, rule=GREEDY, **settings):
+    """(patched model, patch)."""
+    patch = MagCachePatch(MagCacheSettings(plan=plan or ones(), rule=rule, **settings))
+    return patch.attach(model), patch
+
+
+def counting(model, counts):
+    """A clone whose network calls are counted, as another pack's wrapper would."""
+    clone = model.clone()
+
+    def count(executor, *args, **kwargs):
+        counts.append(len(kwargs.get("transformer_options", args[-1])["uuids"]))
+        return executor(*args, **kwargs)
+
+    clone.add_wrapper_with_key("diffusion_model", "another pack", count)
+    return clone
+
+
+def close(a, b):
+    """Equal up to the rounding of another batch size."""
+    return torch.allclose(a, b, atol=2e-4, rtol=1e-3)

@@ -1,0 +1,398 @@
+"""Everything a graph may do around a MagCache: conditionings, samplers, ranges, other nodes."""
+
+import comfy.controlnet
+import comfy.model_management
+import comfy.samplers
+import pytest
+import torch
+from comfy.model_management import InterruptProcessingException
+from comfy.patcher_extension import WrappersMP
+from comfy_extras.nodes_easycache import EasyCacheNode
+from comfyui_braid.engine.comfyui.magcache_calibrate import Calibrator
+from comfyui_braid.engine.comfyui.magcache_run import conditioning_keys
+from comfyui_braid.engine.comfyui.magcache_samplers import (
+    adds_noise,
+    calls_follow_schedule,
+)
+from comfyui_braid.engine.magcache.rules import MagCacheRule, PlannedRule
+from magcache_runs import GREEDY, STEPS, cached, calibrate, close, counting, ones, sample
+from tiny_models import build, conditioning, latent
+from torch.utils._python_dispatch import TorchDispatchMode
+
+SKIPPED = (1, 2, 4, 5)
+
+
+@pytest.fixture
+def model():
+    return build("flux")
+
+
+def labels(patch):
+    return {c.label: (c.computed, c.skipped) for c in patch.last_report.conditionings}
+
+
+@pytest.mark.parametrize("sampler", comfy.samplers.SAMPLER_NAMES)
+def test_what_is_said_of_a_core_sampler_is_what_it_does(sampler, model):
+    levels, facts = [], {}
+
+    def outer(executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
+        facts.update(
+            follows=calls_follow_schedule(sampler),
+            noisy=adds_noise(sampler),
+            sigmas=sigmas.tolist()[:-1],
+        )
+        return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+
+    def predict(executor, x, timestep, *args):
+        levels.append(float(timestep[0]))
+        return executor(x, timestep, *args)
+
+    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "test", outer)
+    model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "test", predict)
+    sample(model, "flux", steps=4, cfg=1.0, sampler=sampler)
+    if facts["follows"]:  # SDE samplers start a little below the first level
+        assert levels == pytest.approx(facts["sigmas"], abs=3e-4)
+    noisy = ("ancestral", "sde", "ddpm", "lcm", "seeds", "sa_solver")
+    assert facts["noisy"] == any(word in sampler for word in noisy)
+
+
+SAMPLERS_RUN = (
+    "heun dpm_2 dpmpp_2m dpmpp_sde dpmpp_2m_sde euler_ancestral lcm uni_pc seeds_2".split()
+)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS_RUN)
+def test_every_kind_of_sampler_skips_whole_steps(sampler, model):
+    counts = []
+    patched, patch = cached(counting(model, counts))
+    samples = sample(patched, "flux", cfg=1.0, sampler=sampler)
+    ((computed, skipped),) = labels(patch).values()
+    assert torch.isfinite(samples).all()
+    assert set(skipped) == set(SKIPPED) and not set(skipped) & set(computed)
+    assert len(counts) == len(computed)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "euler_ancestral", "heun", "dpmpp_sde", "dpmpp_2m"])
+def test_calibrations_of_every_kind_of_sampler_are_whole(sampler, model):
+    plan, _ = calibrate(model, "flux", sampler=sampler)
+    assert plan.calibrated and len(plan.inner_products) == STEPS
+    noisy = sampler in ("euler_ancestral", "dpmpp_sde")
+    assert plan.conditions.quantity == ("denoised" if noisy else "velocity")
+
+
+def test_a_sampler_off_the_schedule_cannot_calibrate_and_says_so(model):
+    with pytest.raises(ValueError, match="did not call the model at all .* calibrate with euler"):
+        calibrate(model, "flux", sampler="dpm_adaptive", cfg=1.0)
+
+
+def test_cfg_1_has_one_conditioning(model):
+    patched, patch = cached(model)
+    sample(patched, "flux", cfg=1.0)
+    assert labels(patch) == {"positive": ((0, 3, 6, 7), SKIPPED)}
+
+
+def regional():
+    left, right = conditioning("flux", 0), conditioning("flux", 2)
+    left[0][1]["area"], left[0][1]["strength"] = (16, 8, 0, 0), 1.0
+    right[0][1]["area"], right[0][1]["strength"] = (16, 12, 0, 4), 0.7
+    return left + right
+
+
+def test_regional_prompts_each_keep_their_own_residual(model):
+    counts = []
+    patched, patch = cached(counting(model, counts))
+    samples = sample(patched, "flux", positive=regional())
+    regions = {"positive", "positive 2", "negative", "negative 2", "negative 3"}
+    assert set(labels(patch)) == regions, "core makes a negative for every region"
+    assert all(skipped == SKIPPED for _, skipped in labels(patch).values())
+    assert sum(counts) == 5 * 4 and torch.isfinite(samples).all()
+
+
+def test_a_region_and_the_negative_that_core_makes_for_it_are_told_apart():
+    """They carry the same uuid."""
+    keys = conditioning_keys({"uuids": ["u", "u"], "cond_or_uncond": [1, 0]}, {})
+    apart = conditioning_keys({"uuids": ["u"], "cond_or_uncond": [0]}, {})
+    assert keys[1] == apart[0] != keys[0]
+
+
+def test_regional_prompts_batched_or_apart_give_the_same_picture(model, monkeypatch):
+    positive = regional()
+    for prompt in positive:
+        prompt[1]["area"] = (16, 8, 0, 4)
+    patched, _ = cached(model)
+    together = sample(patched, "flux", positive=positive)
+    monkeypatch.setattr(type(model), "get_free_memory", lambda self, device: 0)
+    assert close(sample(patched, "flux", positive=positive), together)
+
+
+def test_a_conditioning_that_starts_in_mid_run_is_computed_before_it_is_skipped(model):
+    early, late = conditioning("flux", 0), conditioning("flux", 2)
+    early[0][1].update(start_percent=0.0, end_percent=0.5)
+    late[0][1].update(start_percent=0.5, end_percent=1.0)
+    patched, patch = cached(model)
+    samples = sample(patched, "flux", positive=early + late)
+    computed, skipped = labels(patch)["positive 2"]
+    assert computed[0] == 4 and 4 not in skipped, "step 4 is to be skipped but nothing is known yet"
+    assert 5 in skipped and torch.isfinite(samples).all()
+
+
+def test_batches_and_video_are_skipped_alike(model):
+    patched, patch = cached(model)
+    noise = latent("flux", batch=3)
+    batch = sample(patched, "flux", noise=noise)
+    alone = sample(patched, "flux", noise=noise[1:2])
+    assert close(batch[1:2], alone)
+    video, patch = cached(build("wan"))
+    sample(video, "wan")
+    assert patch.last_report.schedule.skipped == SKIPPED
+
+
+def test_img2img_plans_on_its_own_noise_levels(model):
+    plan, _ = calibrate(model, "flux", steps=20)
+    patched, patch = cached(model, plan, PlannedRule(speedup=2.0))
+    sample(patched, "flux", steps=8, start=latent("flux", seed=5), denoise=0.5)
+    schedule = patch.last_report.schedule
+    assert schedule.sigmas[0] < 0.6 and schedule.computed == 4
+    assert 0 not in schedule.skipped and 7 not in schedule.skipped
+
+
+def test_chained_samplers_each_compute_their_first_and_last_step(model):
+    patched, patch = cached(model)
+    first = sample(patched, "flux", last_step=5, force_full_denoise=False)
+    assert patch.last_report.schedule.skipped == (1, 2)
+    sample(patched, "flux", start_step=5, disable_noise=True, start=first)
+    assert patch.last_report.schedule.skipped == (1,)
+
+
+def test_two_experts_of_one_run_plan_on_their_own_ranges():
+    high, low = build("wan", seed=0), build("wan", seed=1)
+    plan_high, half = calibrate(high, "wan", steps=12, last_step=6)
+    plan_low, _ = calibrate(low, "wan", steps=12, start_step=6, disable_noise=True, start=half)
+    assert plan_high.conditions.sigmas[-1] == plan_low.conditions.sigmas[0]
+    rule = PlannedRule(speedup=1.5)
+    cached_high, patch_high = cached(high, plan_high, rule)
+    cached_low, patch_low = cached(low, plan_low, rule)
+    half = sample(cached_high, "wan", steps=12, last_step=6)
+    out = sample(cached_low, "wan", steps=12, start_step=6, disable_noise=True, start=half)
+    for patch in (patch_high, patch_low):
+        assert patch.last_report.schedule.computed == 4
+        assert not patch.last_report.schedule.warnings[:-1], "only the warning of few steps"
+    assert torch.isfinite(out).all()
+
+
+def test_start_and_end_percent_bound_the_skipping(model):
+    patched, patch = cached(model, start_percent=0.3, end_percent=0.7)
+    sample(patched, "flux")
+    sigmas = patch.last_report.schedule.sigmas
+    assert patch.last_report.schedule.skipped
+    assert all(0.3 < sigmas[step] <= 0.7 for step in patch.last_report.schedule.skipped)
+
+
+def test_an_interrupted_run_leaves_nothing_behind(model):
+    patched, patch = cached(model)
+    fresh = sample(patched, "flux")
+
+    def stop(step, *_):
+        if step == 4:
+            raise InterruptProcessingException()
+
+    with pytest.raises(InterruptProcessingException):
+        sample(patched, "flux", callback=stop)
+    assert patch.last_report is None
+    assert torch.equal(sample(patched, "flux"), fresh)
+
+
+def test_an_interrupted_calibration_keeps_the_measurement_before_it(model):
+    calibrator = Calibrator()
+    patched = calibrator.attach(model)
+    sample(patched, "flux")
+    before = calibrator.result()
+
+    def stop(step, *_):
+        raise InterruptProcessingException()
+
+    with pytest.raises(InterruptProcessingException):
+        sample(patched, "flux", callback=stop)
+    assert calibrator.result() == before
+
+
+def test_two_caches_in_one_graph_do_not_touch_each_other(model):
+    one, patch_one = cached(model)
+    two, patch_two = cached(model, rule=MagCacheRule(threshold=1.0, retention_ratio=0.5, k=1))
+    alone = sample(two, "flux")
+    sample(one, "flux")
+    assert torch.equal(sample(two, "flux"), alone)
+    assert patch_one.last_report.schedule.skipped != patch_two.last_report.schedule.skipped
+
+
+def test_the_second_cache_on_a_model_replaces_the_first(model):
+    first, _ = cached(model)
+    second, patch = cached(first, rule=MagCacheRule(threshold=0.0))
+    assert torch.equal(sample(second, "flux"), sample(model, "flux"))
+    assert patch.last_report.evaluations == 2 * STEPS
+
+
+def test_another_resolution_in_the_next_run_is_no_trouble(model):
+    patched, patch = cached(model)
+    sample(patched, "flux")
+    small = sample(patched, "flux", noise=latent("flux")[..., :8, :12])
+    assert small.shape[-2:] == (8, 12) and patch.last_report.schedule.skipped == SKIPPED
+
+
+class TinyControl(comfy.controlnet.ControlBase):
+    """A ControlNet that adds nothing and counts."""
+
+    calls = 0
+
+    def get_control(self, *args):
+        TinyControl.calls += 1
+        return {"input": [], "middle": [], "output": []}
+
+    def copy(self):
+        return self
+
+
+def test_a_conditioning_with_controlnet_is_computed_at_every_step(model):
+    positive = conditioning("flux", 0)
+    positive[0][1]["control"] = TinyControl()
+    patched, patch = cached(model)
+    samples = sample(patched, "flux", positive=positive)
+    assert labels(patch)["positive"] == (tuple(range(STEPS)), ())
+    assert labels(patch)["negative"][1] == SKIPPED
+    assert torch.isfinite(samples).all()
+
+
+def test_a_guidance_node_that_evaluates_twice_does_not_mix_the_residuals(model):
+    """Skip-layer guidance and the like call the same conditioning again with other options."""
+
+    def again(args):
+        with_other_options = {
+            "transformer_options": dict(args["model_options"]["transformer_options"])
+        }
+        with_other_options["transformer_options"]["patches_replace"] = {
+            "dit": {("double_block", 0): lambda a, e: {"img": a["img"], "txt": a["txt"]}}
+        }
+        comfy.samplers.calc_cond_batch(
+            args["model"],
+            [args["input_cond"] if "input_cond" in args else args["cond"]],
+            args["input"],
+            args["sigma"],
+            with_other_options,
+        )
+        return args["denoised"]
+
+    patched, _ = cached(model)
+    plain = sample(patched, "flux")
+    guided = patched.clone()
+    guided.set_model_sampler_post_cfg_function(again)
+    assert close(sample(guided, "flux"), plain)
+
+
+def test_frames_of_another_context_window_are_another_residual():
+    class Window:
+        def __init__(self, *frames):
+            self.index_list = list(frames)
+
+    calls = {}
+    who = {"uuids": ["u"], "cond_or_uncond": [0]}
+    first = conditioning_keys({**who, "context_window": Window(0, 1)}, calls)
+    second = conditioning_keys({**who, "context_window": Window(1, 2)}, calls)
+    again = conditioning_keys({**who, "context_window": Window(0, 1)}, {})
+    assert first != second and first == again
+
+
+def test_another_cache_on_the_model_is_refused_before_and_after(model):
+    easy = EasyCacheNode.execute(model, 0.2, 0.15, 0.95, False).args[0]
+    with pytest.raises(ValueError, match="easycache is already on this model"):
+        cached(easy)
+    patched, _ = cached(model)
+    later = EasyCacheNode.execute(patched, 0.2, 0.15, 0.95, False).args[0]
+    with pytest.raises(ValueError, match="easycache is already on this model"):
+        sample(later, "flux")
+
+
+def test_a_calibrating_model_takes_no_cache_and_takes_off_the_one_it_had(model):
+    with pytest.raises(ValueError, match="comes from MagCache Calibrate"):
+        cached(Calibrator().attach(model))
+    patched, _ = cached(model)
+    calibrator = Calibrator()
+    assert torch.equal(sample(calibrator.attach(patched), "flux"), sample(model, "flux"))
+
+
+def test_a_compiled_model_sees_nothing_of_the_cache(model):
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    patched, patch = cached(model)
+    plain = sample(patched, "flux")
+    set_torch_compile_wrapper(patched, backend="eager", keys=["diffusion_model"])
+    assert close(sample(patched, "flux"), plain)
+    assert patch.last_report.schedule.skipped == SKIPPED
+
+
+def test_a_run_unlike_its_calibration_warns_and_names_the_field(model):
+    plan, _ = calibrate(model, "flux", steps=12)
+    patched, patch = cached(model, plan, PlannedRule(speedup=2.0))
+    sample(patched, "flux", steps=12, cfg=3.0, sampler="dpmpp_2m")
+    fields = [warning.split(":")[0] for warning in patch.last_report.schedule.warnings]
+    assert fields == ["sampler", "cfg"]
+
+
+class CountReads(TorchDispatchMode):
+    """Counts the places where Python waits for a tensor's value."""
+
+    reads = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:
+            self.reads += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "res_multistep"])
+def test_steps_are_skipped_without_waiting_for_the_device(sampler, model):
+    def reads(patched, steps):
+        counter = CountReads()
+        with counter:
+            sample(patched, "flux", steps=steps, sampler=sampler)
+        return counter.reads
+
+    patched, _ = cached(model, rule=GREEDY)
+    plain = reads(model, 12) - reads(model, 8)
+    assert reads(patched, 12) - reads(patched, 8) <= plain
+
+
+def test_several_runs_are_averaged_and_kept_as_sections(model):
+    calibrator = Calibrator()
+    patched = calibrator.attach(model)
+    sample(patched, "flux")
+    first = calibrator.result()
+    sample(patched, "flux", noise=latent("flux", seed=3))
+    mean = calibrator.result()
+    assert len(mean.sections) == 2 and mean.sections[0] == first.curves[0].ratios
+    sample(patched, "flux", steps=5)
+    assert calibrator.result().conditions.steps == 5, "other conditions are not averaged"
+
+
+def test_an_empty_calibrator_says_what_to_connect():
+    with pytest.raises(ValueError, match="connect the latent of the sampler that used the calib"):
+        Calibrator().result()
+
+
+def test_memory_stays_at_two_residuals_per_conditioning(model):
+    runs = []
+
+    def outer(executor, *args, **kwargs):
+        runs.append(executor.class_obj.model_options["transformer_options"]["braid.magcache"])
+        return executor(*args, **kwargs)
+
+    plan, _ = calibrate(model, "flux")
+    patched, _ = cached(model, plan, PlannedRule(speedup=2.0))
+    patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "test", outer)
+    sample(patched, "flux")
+    (run,) = runs
+    assert [len(entries) for entries in run.cache._entries.values()] == [2, 2]
+    assert "braid.magcache" not in patched.model_options["transformer_options"]
+
+
+def test_ones_is_what_the_names_of_this_file_say():
+    assert len(ones().curves[0].ratios) == STEPS
