@@ -14,9 +14,9 @@ from ..engine.ema.average import (
     SPACES,
     AveragePlan,
     averaged,
-    equally_spaced,
     plan_average,
     plan_for_order,
+    planned_order,
     report_json,
 )
 from ..engine.ema.figure import cells, draw_reconstruction, draw_weights, ideal_curve
@@ -354,9 +354,27 @@ def live_ema(node: live.LiveNode) -> dict[str, Any]:
     if source is not None and source.node_id == "BraidLoadCheckpoints":
         checkpoints = load_checkpoints(**source.values)
         plan = plan_average(checkpoints, schedule, values["sort"], values["first"], values["last"])
-        return chart_json(plan)
-    order = selected(equally_spaced(EXAMPLE_COUNT), min(values["first"], EXAMPLE_COUNT))
-    return chart_json(plan_for_order(order, schedule)) | {"example": True}
+        return chart_json(plan) | {"note": ""}
+    steps = [] if source is None else _planned_steps(source)
+    if steps:
+        order, note = planned_order(steps, "steps"), "as the linked run will save them"
+    else:
+        order = planned_order(range(1, EXAMPLE_COUNT + 1), "files")
+        note = "an example: no run is linked yet"
+    chosen = selected(order, values["first"], values["last"])
+    return chart_json(plan_for_order(chosen, schedule)) | {"note": note}
+
+
+def _planned_steps(node: live.LiveNode) -> list[int]:
+    """Steps at which a Train LoRA node will save; none for other nodes, or while not known."""
+    options = node.inputs.get("options")
+    while options is not None and options.node_id != "BraidCheckpointing":
+        options = options.inputs.get("options")
+    if node.node_id != "BraidTrainLora" or options is None:
+        return []
+    every, last = options.values["save_every_n_steps"], options.values["save_last_n"]
+    steps = list(range(every, node.values["steps"] + 1, every)) if every else []
+    return steps[-last:] if last else steps
 
 
 live.LIVE["ema"] = live_ema

@@ -4,14 +4,20 @@
 
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
+import * as ema from "./ema/chart.js";
 import { describeNode } from "./live/graph.js";
 import { LivePanel } from "./live/panel.js";
+import { stepsDownstream } from "./magcache/downstream.js";
+import * as magcache from "./magcache/chart.js";
 import * as timesteps from "./timesteps/chart.js";
 
-/** node id -> the chart in it. @type {Record<string, {noun: string, draw: Function, height: number}>} */
+/** node id -> the chart in it. @type {Record<string, {noun: string, draw: Function, height: number, extra?: Function}>} */
 const CHARTS = {
+  BraidMagCache: { noun: "magcache", draw: magcache.draw, height: 190, extra: stepsDownstream },
+  BraidMagCachePlan: { noun: "magcache", draw: magcache.draw, height: 190 },
   BraidTimestepSampling: { noun: "timesteps", draw: timesteps.draw, height: 210 },
   BraidTimestepPreview: { noun: "timesteps", draw: timesteps.draw, height: 260 },
+  BraidPostHocEma: { noun: "ema", draw: ema.draw, height: 230 },
 };
 
 const WIDGET = "braid_live";
@@ -27,11 +33,17 @@ async function ask(noun, body) {
   return response.json();
 }
 
+/** The node as the server asks for it; `extra` adds what only the rest of the graph can tell. */
+function described(node, extra) {
+  const body = describeNode(node);
+  return extra ? { ...body, values: { ...body.values, ...extra(node) } } : body;
+}
+
 /** Put a live chart at the end of the node. */
-function addChart(node, { noun, draw, height }) {
+function addChart(node, { noun, draw, height, extra }) {
   const panel = new LivePanel({
     draw,
-    observe: () => JSON.stringify(describeNode(node)),
+    observe: () => JSON.stringify(described(node, extra)),
     ask: (body) => ask(noun, body),
   });
   const widget = node.addDOMWidget(WIDGET, "BRAID_LIVE", panel.element, {

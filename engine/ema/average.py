@@ -1,7 +1,7 @@
 """Post-hoc EMA of a run: which files count how much, and the averaged adapter itself."""
 
 import json
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,13 +81,13 @@ def plan_average(
     return plan_for_order(order, schedule)
 
 
-def equally_spaced(count: int) -> TrainedOrder:
-    """The order of a run whose files are not known yet."""
+def planned_order(times: Sequence[float], unit: str) -> TrainedOrder:
+    """The order of a run whose files do not exist yet."""
     return TrainedOrder(
-        files=tuple(Path(f"checkpoint {i + 1}") for i in range(count)),
-        times=tuple(float(i + 1) for i in range(count)),
-        unit="files",
-        order_from="none, an example",
+        files=tuple(Path(f"{unit.removesuffix('s')} {time:g}") for time in times),
+        times=tuple(float(time) for time in times),
+        unit=unit,
+        order_from="nothing yet: the files are still to come",
     )
 
 

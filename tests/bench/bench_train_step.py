@@ -5,11 +5,11 @@
 One process, one thread, variants interleaved round by round, CPU seconds of the process (so that
 a busy machine matters little), medians. FLUX architecture, ComfyUI's own classes, random weights
 made under inference mode as in the executor, float32, batch 1; rank 16 on the same layers for all.
-Core's code is run as it is (`TrainLoraNode.execute`), given our layers and torch's attention; "all"
-is what it does by itself: every weight, bias and norm.
+Core's code is run as it is (`TrainLoraNode.execute`), given our layers and torch's attention;
+"all" is what it does by itself: every weight, bias and norm.
 
-"saved": bytes of distinct storages that autograd keeps at the end of forward, adapters and base left
-out; for core, whose checkpoint hides its graph, those of the graph it builds again in backward.
+"saved": bytes of distinct storages that autograd keeps at the end of forward, without adapters
+and base; for core, whose checkpoint hides its graph, those of the graph built again in backward.
 "RAM": growth of the process at the start of training, the largest of all rounds.
 """
 
@@ -36,6 +36,7 @@ import comfy_extras.nodes_train as core  # noqa: E402
 import psutil  # noqa: E402
 import tiny_models  # noqa: E402
 import torch  # noqa: E402
+
 from comfyui_braid.engine.comfyui.denoiser import _attention, training_session  # noqa: E402
 from comfyui_braid.engine.network.architectures import architecture_of  # noqa: E402
 from comfyui_braid.engine.network.attach import attached, build_network  # noqa: E402

@@ -7,12 +7,13 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.supported_models
 import torch
+from tiny_models import MODELS, build, conditioning, latent
+
 from comfyui_braid.engine.comfyui.denoiser import training_session
 from comfyui_braid.engine.network.architectures import architecture_of
 from comfyui_braid.engine.network.attach import attached, build_network
 from comfyui_braid.engine.network.spec import NetworkSpec, TargetPatterns
 from comfyui_braid.engine.network.targets import select_targets
-from tiny_models import MODELS, build, conditioning, latent
 
 TRANSFORMERS = ("flux", "flux_dev", "wan", "qwen_image", "hunyuan_video", "lumina2")
 

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_models import MODELS, build
+from torch import nn
+
 from comfyui_braid.engine.comfyui.checkpointing import checkpointed, find_blocks
 from comfyui_braid.engine.comfyui.frozen import frozen
 from comfyui_braid.engine.comfyui.inplace import differentiates
-from tiny_models import MODELS, build
-from torch import nn
 
 BLOCKS = {
     "flux": 6,

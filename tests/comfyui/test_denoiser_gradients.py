@@ -4,8 +4,6 @@ import comfy.ldm.flux.layers
 import comfy.model_management
 import pytest
 import torch
-from comfyui_braid.engine.comfyui.denoiser import _attention, training_session
-from comfyui_braid.engine.network.attach import attached
 from denoiser_cases import (
     TRANSFORMERS,
     batch,
@@ -17,6 +15,9 @@ from denoiser_cases import (
     training,
 )
 from tiny_models import build, latent
+
+from comfyui_braid.engine.comfyui.denoiser import _attention, training_session
+from comfyui_braid.engine.network.attach import attached
 
 ALL = (*TRANSFORMERS, "sd15")
 
@@ -118,13 +119,18 @@ def test_weights_made_under_inference_mode_give_the_same_gradients_inside_the_ex
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
-@pytest.mark.parametrize("weights", ["bf16", "fp8"])
+@pytest.mark.parametrize("weights", ["bf16", "fp8", "fp8 without scales"])
 @pytest.mark.parametrize("inference", [False, True], ids=["normal", "inference"])
 def test_low_precision_bases_differentiate_with_and_without_checkpointing(name, weights, inference):
+    builders = {
+        "bf16": lambda: build(name, torch.bfloat16),
+        "fp8": lambda: build_fp8(name),
+        "fp8 without scales": lambda: build(name, torch.float8_e4m3fn),
+    }
     found = []
     for checkpointing in (False, True):
         with torch.inference_mode(inference):
-            patcher = build(name, torch.bfloat16) if weights == "bf16" else build_fp8(name)
+            patcher = builders[weights]()
             found.append(
                 gradients(patcher, name, dtype=torch.bfloat16, gradient_checkpointing=checkpointing)
             )

@@ -7,7 +7,6 @@ import comfy.sd
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
-from comfyui_braid.engine.comfyui.denoiser import training_session
 from denoiser_cases import (
     TRANSFORMERS,
     batch,
@@ -18,6 +17,8 @@ from denoiser_cases import (
     training,
 )
 from tiny_models import MODELS, build, conditioning, latent
+
+from comfyui_braid.engine.comfyui.denoiser import training_session
 
 ALL = (*TRANSFORMERS, "sd15")
 
@@ -126,6 +127,24 @@ def test_the_models_own_loras_are_trained_on_top_of(name):
     mm.load_models_gpu([patched])
     merged.model.load_state_dict(patched.model.state_dict())
     assert relative_error(found, gradients(merged, name)) < 1e-5
+
+
+def test_weights_that_the_host_computes_for_each_use_are_fetched_again_in_backward():
+    """Patches on the fly, as in low VRAM: the weight that is used exists only while it is used."""
+    name, layer = "flux", "single_blocks.1.linear2"
+    patcher, doubled = build(name).clone(), build(name)
+    calls = []
+
+    def double(weight):
+        calls.append(weight.shape)
+        return weight * 2
+
+    patcher.add_weight_wrapper(f"diffusion_model.{layer}.weight", double)
+    with torch.no_grad():
+        doubled.model.diffusion_model.get_submodule(layer).weight.mul_(2)
+    found = gradients(patcher, name)
+    assert len(calls) == 3  # forward, backward, and the backward of the trial
+    assert relative_error(found, gradients(doubled, name)) < 1e-5
 
 
 BASES = {

@@ -1,8 +1,9 @@
 import comfy.model_management as mm
 import comfy.utils
 import pytest
-from comfyui_braid.engine.comfyui.progress import reported
 from PIL import Image
+
+from comfyui_braid.engine.comfyui.progress import reported
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from comfyui_braid.engine.ema.average import equally_spaced, plan_for_order
+from comfyui_braid.engine.ema.average import plan_for_order, planned_order
 from comfyui_braid.engine.ema.figure import cells, draw_reconstruction, draw_weights, ideal_curve
 from comfyui_braid.engine.ema.order import TrainedOrder
 from comfyui_braid.engine.ema.schedule import BetaRamp, MusubiPower, Power
@@ -46,9 +46,11 @@ def test_a_window_gives_a_picture_too(times):
 
 
 def test_the_ideal_curve_holds_the_mass_of_the_profile():
-    time, density = ideal_curve(plan_for_order(equally_spaced(10), Power(sigma_rel=0.2)), 5000)
+    time, density = ideal_curve(
+        plan_for_order(planned_order(range(1, 11), "files"), Power(sigma_rel=0.2)), 5000
+    )
     assert np.trapezoid(density, time) == pytest.approx(1, abs=1e-4)
-    assert ideal_curve(plan_for_order(equally_spaced(3), SCHEDULES[2])) is None
+    assert ideal_curve(plan_for_order(planned_order(range(1, 4), "files"), SCHEDULES[2])) is None
 
 
 def test_a_reconstruction_gives_a_picture():

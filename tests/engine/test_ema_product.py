@@ -1,6 +1,7 @@
 import pytest
 import torch
 from ema_files import ALPHA, DOWN, UP, adapter, average_of, checkpoints, save, write_run
+from safetensors.torch import load_file
 
 from comfyui_braid.engine.ema.product import refactor
 from comfyui_braid.engine.ema.schedule import BetaRamp, Power
@@ -60,8 +61,6 @@ def test_the_product_average_is_nearer_to_the_averaged_update_than_the_factor_av
     run = checkpoints(paths, range(100, 700, 100))
     product = average_of(run, Power(sigma_rel=0.25), space="product")
     factors = average_of(run, Power(sigma_rel=0.25))
-    from safetensors.torch import load_file
-
     weights = product.report["weights"]
     exact = sum(w * _product(load_file(p)) for w, p in zip(weights, paths, strict=True))
 

@@ -100,8 +100,293 @@ def train_a_lora(graph: Graph) -> None:
     sampled(graph, "With the LoRA", adapted["model"], prompts)
 
 
+def choose_timesteps(graph: Graph) -> None:
+    """02: what the noise-level settings mean, and what a run really drew."""
+    graph.column("1 · Read me", BROWN, 380)
+    graph.note(
+        "## Which noise levels does a run train on?\n"
+        "t = 1 is pure noise (composition, style), t = 0 the clean picture (detail). Change any "
+        "value of a *Timestep Sampling* node: the charts follow at once, without running the "
+        "graph. The chart draws through the trainer's own code, so it cannot lie.\n\n"
+        "Press **Run** to train the playground for a moment: the last preview then shows what "
+        "that run really drew, and its loss per noise level.",
+        260,
+    )
+    for title, settings in (
+        ("FLUX at 1024 x 1024", {"timestep_sampling": "flux_shift"}),
+        (
+            "Style-friendly: log-SNR around -6",
+            {
+                "timestep_sampling": "logsnr",
+                "timestep_sampling__logit_mean": -6.0,
+                "timestep_sampling__logit_std": 2.0,
+            },
+        ),
+        (
+            "Qinglong mixture in a range, ten buckets",
+            {
+                "timestep_sampling": "qinglong_flux",
+                "timestep_sampling__logit_mean": -6.0,
+                "timestep_sampling__logit_std": 2.0,
+                "min_timestep": 100,
+                "max_timestep": 900,
+                "preserve_distribution_shape": True,
+                "num_timestep_buckets": 10,
+            },
+        ),
+    ):
+        graph.column(title, PURPLE, 420)
+        timesteps = graph.add("BraidTimestepSampling", **settings)
+        preview = graph.add("BraidTimestepPreview", timesteps=timesteps["timesteps"])
+        graph.add("PreviewImage", 300, title="As a picture", images=preview["image"])
+    graph.column("2 · A short run", GREEN, 420)
+    model, data = playground_data(graph, "slanted", 20)
+    network = graph.add("BraidNetwork", network_dim=4, network_alpha=4)
+    trained = graph.add(
+        "BraidTrainLora",
+        780,
+        model=model["model"],
+        latents=data["latents"],
+        positive=data["positive"],
+        network=network["network"],
+        timesteps=timesteps["timesteps"],
+        steps=60,
+        batch_size=8,
+        learning_rate=0.001,
+        output_name="slanted",
+        mixed_precision="no",
+        gradient_checkpointing=False,
+    )
+    graph.column("3 · Planned and drawn", BLUE, 480)
+    preview = graph.add(
+        "BraidTimestepPreview",
+        title="Planned, and what the run drew",
+        timesteps=timesteps["timesteps"],
+        width=128,
+        height=128,
+        loss_map=trained["loss_map"],
+    )
+    graph.add("PreviewImage", 420, images=preview["image"])
+
+
+def train_and_resume(graph: Graph) -> None:
+    """03: checkpoints, held-out loss, previews and logs; stop it and go on."""
+    graph.column("1 · Model and pictures", BLUE, 400)
+    graph.note(
+        "## A run that can be stopped, looked at, trusted and continued\n"
+        "Press **Run**, and cancel it half-way if you like: adapter and state are saved first.\n\n"
+        "To go on, set `resume` to **latest** and press Run again. The result is the same, byte "
+        "for byte, as that of a run that was never stopped (on a CPU). Raise `steps` to train "
+        "longer.\n\n"
+        "Logs are under `output/logs`: `tensorboard --logdir output/logs`.",
+        250,
+    )
+    model, data = playground_data(graph, "checkered", 40)
+    held_out = graph.add(
+        "BraidPlaygroundDataset", title="Held out of training", style="checkered", count=10, seed=99
+    )
+    graph.column("2 · What is trained", PURPLE, 380)
+    network = graph.add("BraidNetwork", network_dim=16, network_alpha=16, loraplus_lr_ratio=4)
+    timesteps = graph.add(
+        "BraidTimestepSampling", timestep_sampling="sigmoid", num_timestep_buckets=8
+    )
+    optimizer = graph.add(
+        "BraidOptimizer",
+        optimizer_type="AdamW",
+        optimizer_args="weight_decay=0.01",
+        lr_scheduler="cosine",
+        lr_warmup_steps=0.1,
+    )
+    graph.column("3 · What it does besides", BROWN, 380)
+    checkpoints = graph.add("BraidCheckpointing", save_every_n_steps=40, save_last_n=3)
+    validation = graph.add(
+        "BraidValidation",
+        latents=held_out["latents"],
+        positive=held_out["positive"],
+        every_n_steps=20,
+        options=checkpoints["options"],
+    )
+    prompts = playground_prompts(graph, "K")
+    preview = graph.add(
+        "BraidTrainingPreview",
+        sample_every_n_steps=40,
+        latent=prompts[2]["LATENT"],
+        positive=prompts[0]["conditioning"],
+        negative=prompts[1]["conditioning"],
+        steps=15,
+        cfg=2.0,
+        options=validation["options"],
+    )
+    log = graph.add("BraidTrainingLog", log_prefix="checkered_", options=preview["options"])
+    graph.column("4 · Train", GREEN, 520)
+    trained = graph.add(
+        "BraidTrainLora",
+        900,
+        model=model["model"],
+        latents=data["latents"],
+        positive=data["positive"],
+        network=network["network"],
+        timesteps=timesteps["timesteps"],
+        optimizer=optimizer["optimizer"],
+        options=log["options"],
+        steps=160,
+        batch_size=8,
+        learning_rate=0.002,
+        output_name="checkered",
+        mixed_precision="no",
+        gradient_checkpointing=False,
+    )
+    graph.add("PreviewAny", 240, title="Resolved configuration", source=trained["report"])
+    graph.column("5 · Result", BLUE, 340)
+    adapted = graph.add("LoraModelLoader", model=model["model"], lora=trained["lora"])
+    sampled(graph, "With the LoRA", adapted["model"], prompts)
+
+
+def post_hoc_ema(graph: Graph) -> None:
+    """04: ten checkpoints, averaged after the fact at several widths, from training to picture."""
+    graph.column("1 · Train, keeping checkpoints", GREEN, 420)
+    graph.note(
+        "## Post-hoc EMA\n"
+        "The run keeps ten checkpoints and five shadows. *Post-Hoc EMA* averages the checkpoints "
+        "with exact weights: its chart shows what each counts, and follows `sigma_rel` while you "
+        "drag it. *EMA from Shadows* rebuilds any width from the shadows, with no checkpoints "
+        "at all. *EMA Sweep* makes several widths at once: one picture of each, same noise.",
+        220,
+    )
+    model, data = playground_data(graph, "outlined", 40)
+    network = graph.add("BraidNetwork", network_dim=16, network_alpha=16, loraplus_lr_ratio=4)
+    checkpointing = graph.add("BraidCheckpointing", save_every_n_steps=20, ema_shadows=True)
+    graph.column("2 · Train", GREEN, 440)
+    trained = graph.add(
+        "BraidTrainLora",
+        820,
+        model=model["model"],
+        latents=data["latents"],
+        positive=data["positive"],
+        network=network["network"],
+        options=checkpointing["options"],
+        steps=200,
+        batch_size=8,
+        learning_rate=0.002,
+        output_name="ema",
+        mixed_precision="no",
+        gradient_checkpointing=False,
+    )
+    graph.column("3 · Average", PURPLE, 460)
+    average = graph.add(
+        "BraidPostHocEma",
+        checkpoints=trained["checkpoints"],
+        method="sigma_rel",
+        method__sigma_rel=0.15,
+        filename_prefix="loras/outlined_ema",
+    )
+    graph.add("PreviewImage", 280, title="What each checkpoint counts", images=average["image"])
+    shadows = graph.add(
+        "BraidEmaReconstruct",
+        checkpoints=trained["checkpoints"],
+        sigma_rel=0.15,
+        filename_prefix="",
+    )
+    graph.add("PreviewImage", 280, title="Rebuilt from shadows", images=shadows["image"])
+    graph.column("4 · The average at work", BLUE, 340)
+    adapted = graph.add("LoraModelLoader", model=model["model"], lora=average["lora"])
+    prompts = playground_prompts(graph, "R")
+    sampled(graph, "With the average", adapted["model"], prompts)
+    graph.column("5 · Several widths, same noise", BROWN, 340)
+    sweep = graph.add(
+        "BraidEmaSweep", checkpoints=trained["checkpoints"], sigma_rels="0.05, 0.1, 0.15, 0.2, 0.25"
+    )
+    swept = graph.add("LoraModelLoader", model=model["model"], lora=sweep["lora"])
+    sampled(graph, "One picture each", swept["model"], prompts)
+    graph.add("PreviewAny", 140, title="Widths", source=sweep["label"])
+
+
+def fp8_scaled(graph: Graph) -> None:
+    """05: the same model in bf16 and FP8, the same noise, the report, a file to keep."""
+    graph.column("1 · Load", PURPLE, 420)
+    graph.note(
+        "## FP8 scaled weights\n"
+        "*Load Diffusion Model (FP8 Scaled)* reads a bf16, fp16 or fp32 file and holds it in FP8, "
+        "one chunk at a time. Its report says, layer by layer, what was kept and what it cost.\n\n"
+        "Choose your own model in `unet_name`; LoRAs, training and saving work on the result.",
+        200,
+    )
+    exact = graph.add("BraidPlaygroundModel", title="As it is (bf16)")
+    quantized = graph.add(
+        "BraidFp8Loader",
+        unet_name="braid_playground.safetensors",
+        granularity="block",
+        granularity__block_size=64,
+        scale_search="mse",
+    )
+    graph.add("PreviewAny", 300, title="Report", source=quantized["report"])
+    graph.column("2 · Keep it", BROWN, 320)
+    graph.add("BraidSaveFp8", model=quantized["MODEL"])
+    prompts = playground_prompts(graph, "S")
+    graph.column("3 · bf16", BLUE, 340)
+    sampled(graph, "bf16 weights", exact["model"], prompts)
+    graph.column("4 · FP8", GREEN, 340)
+    sampled(graph, "FP8 weights", quantized["MODEL"], prompts)
+
+
+def magcache(graph: Graph) -> None:
+    """06: calibrate on one picture, plan, sample others with a third of the evaluations."""
+    graph.column("1 · Calibrate", PURPLE, 360)
+    graph.note(
+        "## MagCache, calibrated in the graph\n"
+        "One full run measures how the model's output changes over sigma. From that, *MagCache* "
+        "plans before sampling which steps are computed and predicts the others; the strip in the "
+        "node shows them.\n\n"
+        "Compare the pictures on the right: all evaluations, a third of them planned, and simply "
+        "fewer steps.",
+        230,
+    )
+    model = graph.add("BraidPlaygroundModel")
+    calibrating = graph.add("BraidMagCacheCalibrate", model=model["model"])
+    prompts = playground_prompts(graph, "A")
+    graph.column("2 · One full run", BLUE, 340)
+    run = sampled(graph, "Calibration run", calibrating["model"], prompts, steps=50, seed=1)
+    calibration = graph.add(
+        "BraidMagCacheCalibration",
+        calibrator=calibrating["calibrator"],
+        latent=run["LATENT"],
+        filename_prefix="",
+    )
+    graph.add("PreviewImage", 300, title="What was measured", images=calibration["image"])
+    graph.column("3 · Plan", GREEN, 460)
+    cached = graph.add(
+        "BraidMagCache",
+        model=model["model"],
+        plan=calibration["plan"],
+        rule="planned",
+        rule__speedup=3.0,
+    )
+    strip = graph.add(
+        "BraidMagCachePlan",
+        plan=calibration["plan"],
+        steps=50,
+        rule="planned",
+        rule__speedup=3.0,
+    )
+    graph.add("PreviewImage", 300, title="The plan", images=strip["image"])
+    others = playground_prompts(graph, "K")
+    graph.column("4 · All 50 evaluations", BLUE, 340)
+    sampled(graph, "50 steps", model["model"], others, steps=50, seed=5)
+    graph.column("5 · A third of them", GREEN, 340)
+    used = sampled(graph, "50 steps, planned", cached["model"], others, steps=50, seed=5)
+    report = graph.add("BraidMagCacheReport", model=cached["model"], latent=used["LATENT"])
+    graph.add("PreviewAny", 240, title="What was skipped", source=report["report"])
+    graph.column("6 · Fewer steps instead", BROWN, 340)
+    sampled(graph, "17 steps", model["model"], others, steps=17, seed=5)
+
+
 WORKFLOWS: dict[str, Callable[[Graph], None]] = {
     "01_train_a_lora": train_a_lora,
+    "02_choose_timesteps": choose_timesteps,
+    "03_train_and_resume": train_and_resume,
+    "04_post_hoc_ema": post_hoc_ema,
+    "05_fp8_scaled": fp8_scaled,
+    "06_magcache_calibrate_and_use": magcache,
 }
 
 MEASURE = """async (workflow) => {
