@@ -70,7 +70,7 @@ def test_a_resume_is_exact_with_limited_weight_norms_which_the_history_keeps(tmp
     run, model = make_run(plan)
     train(run, model)
     scaled, mean, largest = run.history.records[-1].weight_norms
-    assert scaled > 0 and mean <= largest <= 0.05 * 1.0001
+    assert scaled > 0 and mean <= largest * 1.0001 <= 0.05 * 1.001
 
 
 @pytest.mark.parametrize(
@@ -111,18 +111,20 @@ def test_fp16_scales_its_loss_skips_what_overflows_and_resumes_exactly(tmp_path)
 
     def make():
         run, model = make_run(plan)
-        run._scaler._init_scale = 2.0**40  # far too high: the first steps must be skipped
-        run._scaler._growth_interval = 1
+        first = next(run.network.parameters())
+        first.register_hook(lambda grad: grad * (math.inf if run.step == 1 else 1.0))
         return run, model
 
     run, model = make()
-    start = {k: v.clone() for k, v in run.network.state_dict().items()}
-    train(run, model, until=1)
+    before = train(run, model, until=1)
     scale = run._scaler.get_scale()
-    assert all(torch.isfinite(p).all() for p in run.network.parameters())
+    assert_equal_states(train(run, model, until=2), before)
+    assert run._scaler.get_scale() == scale / 2
+    assert math.isinf(run.history.records[1].gradient_norm) or math.isnan(
+        run.history.records[1].gradient_norm
+    )
     trained = train(run, model)
-    assert scale == 2.0**40 * 2 or scale == 2.0**39
-    assert not all(torch.equal(start[k], trained[k]) for k in start)
+    assert not all(torch.equal(before[k], trained[k]) for k in before)
     uninterrupted_and_resumed(tmp_path, 2, make)
 
 
@@ -242,7 +244,7 @@ def test_a_step_does_not_wait_for_the_device_between_two_reads_of_the_loss(norms
             next(steps)
             assert counted.syncs == 0
             run.read_records()
-            float(run.network.adapters[next(iter(run.network.adapters))].up.sum())
+            float(next(run.network.parameters()).detach().sum())
             assert counted.syncs == 1  # it does count
     assert len(run.history.records) == 3
 
@@ -279,8 +281,8 @@ import dataclasses, safetensors.torch
 from comfyui_braid.engine.files import write_safetensors
 run, model = t.make_run(dataclasses.replace(t.PLAN, steps=10**6))
 write = lambda path, metadata: write_safetensors(path, run.network.state_dict(), metadata)
-saver = Saver(pathlib.Path({folder!r}), "lora",
-              Checkpointing(save_every_n_steps=2, save_last_n=3, save_state=True), write, {{"seed": 7}})
+often = Checkpointing(save_every_n_steps=2, save_last_n=3, save_state=True)
+saver = Saver(pathlib.Path({folder!r}), "lora", often, write, {{"seed": 7}})
 with attached(model, run.network):
     for step in saved(run.steps(), run, saver):
         print(step.step, flush=True)
