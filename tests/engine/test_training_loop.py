@@ -51,7 +51,7 @@ def uninterrupted_and_resumed(tmp_path, half, make):
     second.load_state_dict(read_state(tmp_path / "run.state"))
     assert second.step == half
     assert_equal_states(train(second, model), whole)
-    assert second.history == whole_run.history
+    assert repr(second.history) == repr(whole_run.history)  # NaN equals NaN
 
 
 @pytest.mark.parametrize("half", [1, 3, 5])
