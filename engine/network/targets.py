@@ -55,7 +55,7 @@ class PatternCount:
         """What to do when nothing matches."""
         if self.near:
             wider = f".*{self.pattern}.*"
-            return f"a pattern must match the whole name: {wider!r} would match {self.near}"
+            return f"a pattern must match the whole name: '{wider}' would match {self.near}"
         return "no layer name contains it"
 
 
@@ -86,7 +86,7 @@ class TargetReport:
     def warnings(self) -> tuple[str, ...]:
         """One sentence for each pattern of the user's that matches nothing."""
         return tuple(
-            f"{count.origin}: {count.pattern!r} matches no layer; {count.advice}"
+            f"{count.origin}: '{count.pattern}' matches no layer; {count.advice}"
             for count in self.patterns
             if not count.matches and count.origin != DEFAULT_EXCLUDE
         )
@@ -191,7 +191,7 @@ class _Rules:
         """Origin and pattern of the first one of these origins that matches, or ""."""
         for origin, pattern in self.patterns:
             if origin in origins and pattern.fullmatch(name):
-                return f"{origin} {pattern.pattern!r}"
+                return f"{origin} '{pattern.pattern}'"
         return ""
 
 
@@ -210,10 +210,10 @@ def _nothing_selected(report: TargetReport, asked: list[str]) -> str:
     if not asked:
         return (
             f"no layer to adapt: this model, taken for {report.architecture.title}, has no Linear "
-            f"named like {report.architecture.layers!r}; set target_mode whitelist and name the "
+            f"named like '{report.architecture.layers}'; set target_mode whitelist and name the "
             "layers in include_patterns"
         )
-    near = [f"{c.origin} {c.pattern!r}: {c.advice}" for c in report.patterns if not c.matches]
+    near = [f"{c.origin} '{c.pattern}': {c.advice}" for c in report.patterns if not c.matches]
     hint = "; ".join(near) or "the excludes match all of them; add include_patterns"
     return (
         f"no layer to adapt: the patterns leave none of {len(asked)} layers such as {asked[0]!r}; "

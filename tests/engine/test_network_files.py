@@ -430,7 +430,7 @@ def test_metadata_is_all_strings_and_has_musubi_s_fields():
     ],
 )
 def test_modelspec_is_musubi_s(golden, unet_config):
-    """Resolution only where musubi's is not the placeholder that it uses for video and image alike."""
+    """Resolution only where musubi's is not its placeholder for video and image alike."""
     metadata = adapter_metadata(
         NetworkSpec(), architecture_of(unet_config), title="T", created=datetime(2026, 1, 1)
     )
