@@ -7,6 +7,7 @@ node means running this again, never editing JSON by hand.
 import sys
 from collections.abc import Callable
 
+from . import real_models
 from .browse import browsing
 from .serve import Server
 from .workflows import EXAMPLES, Graph, Node
@@ -382,6 +383,7 @@ WORKFLOWS: dict[str, Callable[[Graph], None]] = {
     "04_post_hoc_ema": post_hoc_ema,
     "05_fp8_scaled": fp8_scaled,
     "06_magcache_calibrate_and_use": magcache,
+    **real_models.WORKFLOWS,
 }
 
 MEASURE = """async (workflow) => {
