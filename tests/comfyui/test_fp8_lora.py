@@ -2,9 +2,6 @@ import comfy.model_management as mm
 import comfy.sd
 import pytest
 import torch
-from comfyui_braid.engine.comfyui.fp8_lora import PatchOnTheFly
-from comfyui_braid.engine.comfyui.loader import Fp8Request, load_fp8
-from comfyui_braid.engine.fp8.policy import Fp8Policy
 from fp8_files import (
     distance,
     flux_file,  # noqa: F401  (a fixture)
@@ -14,6 +11,10 @@ from fp8_files import (
     state_dict,
 )
 from safetensors.torch import save_file
+
+from comfyui_braid.engine.comfyui.fp8_lora import PatchOnTheFly
+from comfyui_braid.engine.comfyui.loader import Fp8Request, load_fp8
+from comfyui_braid.engine.fp8.policy import Fp8Policy
 
 GRANULARITIES = ("tensor", "channel", "block")
 LAYER = "double_blocks.0.img_attn.proj"
