@@ -13,12 +13,15 @@ from ..engine.comfyui.loader import Fp8Request, load_fp8
 from ..engine.fp8.chart import error_chart
 from ..engine.fp8.policy import Fp8Policy, LayerPatterns
 from ..engine.fp8.report import Fp8Report
+from ..engine.playground.model import WEIGHTS
 from .sockets import FP8
 
 NO_LORA = "none"
+PLAYGROUND = "braid_playground.safetensors"
+"""The small model that comes with Braid, in the list of every installation."""
 
 
-class Fp8Loader(io.ComfyNode):
+class BraidFp8Loader(io.ComfyNode):
     @classmethod
     @override
     def define_schema(cls) -> io.Schema:
@@ -27,17 +30,17 @@ class Fp8Loader(io.ComfyNode):
             display_name="Load Diffusion Model (FP8 Scaled)",
             category=FP8,
             description=(
-                "Reads a bf16, fp16 or fp32 diffusion model and holds its block weights in FP8 with "
-                "scales: half the memory of bf16 and nearly its picture. LoRAs work on it."
+                "Reads a bf16, fp16 or fp32 diffusion model and holds its block weights in FP8 "
+                "with scales: half the memory of bf16 and nearly its picture. LoRAs work on it."
             ),
             search_aliases=["fp8_scaled", "fp8 quantize", "musubi fp8", "UNETLoader fp8"],
             inputs=[
                 io.Combo.Input(
                     "unet_name",
-                    options=folder_paths.get_filename_list("diffusion_models"),
+                    options=[*folder_paths.get_filename_list("diffusion_models"), PLAYGROUND],
                     tooltip="The model file: .safetensors in fp32, fp16 or bf16. Shards "
-                    "(-00001-of-00004) are found by any one of them; full checkpoints work too. A file "
-                    "that is FP8 already is loaded as it is.",
+                    "(-00001-of-00004) are found by any one of them; full checkpoints work too. A "
+                    "file that is FP8 already is loaded as it is.",
                 ),
                 io.DynamicCombo.Input(
                     "granularity",
@@ -51,9 +54,10 @@ class Fp8Loader(io.ComfyNode):
                                     min=8,
                                     max=1024,
                                     step=8,
-                                    tooltip="Inputs that share one scale (8 to 1024). Smaller is more "
-                                    "exact and larger in memory: 64 adds 6 % to the FP8 size. A layer "
-                                    "whose width is no multiple of it gets one scale per channel.",
+                                    tooltip="Inputs that share one scale (8 to 1024). Smaller is "
+                                    "more exact and takes more memory: 64 adds 6 % to the FP8 "
+                                    "size. A layer whose width it does not divide gets one scale "
+                                    "per channel.",
                                 )
                             ],
                         ),
@@ -61,8 +65,8 @@ class Fp8Loader(io.ComfyNode):
                         io.DynamicCombo.Option("tensor", []),
                     ],
                     tooltip="Weights that share one scale. block: most exact, musubi-tuner's way. "
-                    "channel: one per output. tensor: one per layer; ComfyUI's own format, with its "
-                    "fast FP8 matmul on Ada and newer cards, readable by any ComfyUI.",
+                    "channel: one per output. tensor: one per layer; ComfyUI's own format, with "
+                    "its fast FP8 matmul on Ada and newer cards, readable by any ComfyUI.",
                 ),
                 io.Combo.Input(
                     "fp8_format",
@@ -76,8 +80,8 @@ class Fp8Loader(io.ComfyNode):
                     options=["amax", "mse"],
                     default="amax",
                     advanced=True,
-                    tooltip="amax: the largest weight becomes the largest code. mse: tries 21 scales per "
-                    "group and takes the one with the least squared error: 14 % less error with "
+                    tooltip="amax: the largest weight becomes the largest code. mse: tries 21 scales "
+                    "per group and takes the one with the least squared error: 14 % less error with "
                     "blocks, at no cost when the model runs, but loading takes many times longer.",
                 ),
                 io.String.Input(
@@ -85,16 +89,16 @@ class Fp8Loader(io.ComfyNode):
                     default="",
                     multiline=True,
                     advanced=True,
-                    tooltip="Regular expressions, one a line, found in a Linear's name: quantised in "
-                    "addition to the architecture's preset. Empty: the preset alone.",
+                    tooltip="Regular expressions, one a line, found in a Linear's name: quantised "
+                    "in addition to the architecture's preset. Empty: the preset alone.",
                 ),
                 io.String.Input(
                     "exclude_patterns",
                     default="",
                     multiline=True,
                     advanced=True,
-                    tooltip="Regular expressions, one a line: kept in the file's precision, whatever "
-                    "else says otherwise. The report names the layers that are worth it.",
+                    tooltip="Regular expressions, one a line: kept in the file's precision, "
+                    "whatever else says otherwise. The report names the layers that are worth it.",
                 ),
                 io.Combo.Input(
                     "lora_name",
@@ -115,12 +119,14 @@ class Fp8Loader(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Model.Output(tooltip="The model, ready for samplers, LoRAs and training."),
+                io.Model.Output(
+                    "model", tooltip="The model, ready for samplers, LoRAs and training."
+                ),
                 io.String.Output(
                     "report",
                     display_name="report",
-                    tooltip="JSON: per layer kept or quantised and why, relative RMS error in % and dB, "
-                    "bytes before and after; layers worth exempting.",
+                    tooltip="JSON: per layer kept or quantised and why, relative RMS error in % and "
+                    "dB, bytes before and after; layers worth exempting.",
                 ),
             ],
         )
@@ -149,7 +155,7 @@ class Fp8Loader(io.ComfyNode):
         )
         loaded = load_fp8(
             Fp8Request(
-                path=Path(folder_paths.get_full_path_or_raise("diffusion_models", unet_name)),
+                path=_model_file(unet_name),
                 policy=policy,
                 lora=None
                 if lora_name == NO_LORA
@@ -161,7 +167,7 @@ class Fp8Loader(io.ComfyNode):
         return io.NodeOutput(loaded.patcher, report, ui=_chart(loaded.report))
 
 
-class SaveFp8(io.ComfyNode):
+class BraidSaveFp8(io.ComfyNode):
     @classmethod
     @override
     def define_schema(cls) -> io.Schema:
@@ -179,8 +185,8 @@ class SaveFp8(io.ComfyNode):
                 io.String.Input(
                     "filename_prefix",
                     default="diffusion_models/fp8",
-                    tooltip="Folder and start of the name under ComfyUI's output folder. What lies in "
-                    "output/diffusion_models can be chosen in the loaders at once.",
+                    tooltip="Folder and start of the name under ComfyUI's output folder. What lies "
+                    "in output/diffusion_models can be chosen in the loaders at once.",
                 ),
             ],
             outputs=[io.String.Output("path", display_name="path", tooltip="The file written.")],
@@ -206,7 +212,13 @@ def _chart(report: Fp8Report) -> ui.PreviewImage | None:
     if not report.measured:
         return None
     picture = torch.from_numpy(error_chart(report)).to(torch.float32).div_(255)
-    return ui.PreviewImage(picture.unsqueeze(0), cls=Fp8Loader)
+    return ui.PreviewImage(picture.unsqueeze(0), cls=BraidFp8Loader)
 
 
-NODES = [Fp8Loader, SaveFp8]
+def _model_file(unet_name: str) -> Path:
+    if unet_name == PLAYGROUND:
+        return WEIGHTS
+    return Path(folder_paths.get_full_path_or_raise("diffusion_models", unet_name))
+
+
+NODES = [BraidFp8Loader, BraidSaveFp8]

@@ -225,8 +225,8 @@ def _lora_merge(skeleton: Skeleton, request: Fp8Request) -> tuple[Merge, str]:
         )
 
     note = (
-        f"{request.lora.name} merged at {request.lora_strength:g} into {len(targets)} tensors before "
-        f"quantising ({len(patches) - len(targets)} of its targets are not in this model)"
+        f"{request.lora.name} merged at {request.lora_strength:g} into {len(targets)} tensors "
+        f"before quantising ({len(patches) - len(targets)} of its targets are not in this model)"
     )
     logger.info(note)
     return merge, note

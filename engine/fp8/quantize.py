@@ -1,6 +1,6 @@
 """amax → weight scale → codes, on rows of a weight matrix; tensors only.
 
-A weight [out, in] is cut into groups that share one scale: a row, or a block of a row, or everything.
+A weight [out, in] is cut into groups that share one scale: a row, a block of a row, or everything.
 `code = round(weight / scale)` and `weight ≈ code * scale`. Rows are independent of each other, so
 the codes do not depend on how many rows are handed in at a time.
 """
@@ -103,8 +103,8 @@ def quantize_rows_by(rows: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 def tensor_scale(weight: Tensor, policy: Fp8Policy, device: torch.device) -> Tensor:
     """The one scale (0-d) of a whole weight [out, in], found in chunks of rows on `device`.
 
-    It lies on bfloat16's grid (rounded up, so that nothing saturates): ComfyUI multiplies per-tensor
-    weights by the scale cast to the compute dtype, and an unrounded one would be off by up to 0.4 %.
+    It lies on bfloat16's grid (rounded up, so that nothing saturates): ComfyUI multiplies such
+    weights by the scale cast to the compute dtype; an unrounded one would be off by up to 0.4 %.
     Raises FloatingPointError when a value is NaN or Inf.
     """
     chunks = list(row_chunks(*weight.shape, device))

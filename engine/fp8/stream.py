@@ -80,8 +80,8 @@ def quantized_stream(
 ) -> Iterator[Streamed]:
     """Yield every tensor of `tensors`, the Linear weights that `decisions` names quantised.
 
-    `decisions` is keyed like `tensors` and holds Linear weights only. ValueError names a tensor that
-    holds NaN or Inf.
+    `decisions` is keyed like `tensors` and holds Linear weights only. ValueError names a tensor
+    that holds NaN or Inf.
     """
     for key, tensor in tensors.items():
         merged = tensor if merge is None else merge(key, tensor)

@@ -23,11 +23,12 @@ TESTS = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(TESTS))
 import conftest  # noqa: E402, F401  registers the package
 import torch  # noqa: E402
+from safetensors import safe_open  # noqa: E402
+
 from comfyui_braid.engine.fp8.checkpoint import write_streamed  # noqa: E402
 from comfyui_braid.engine.fp8.policy import Decision, Fp8Policy  # noqa: E402
 from comfyui_braid.engine.fp8.source import map_tensors  # noqa: E402
 from comfyui_braid.engine.fp8.stream import quantized_stream  # noqa: E402
-from safetensors import safe_open  # noqa: E402
 
 WIDTH = 4096
 LARGEST_FP8 = 448.0
@@ -50,7 +51,7 @@ def ours(path: Path, policy: Fp8Policy) -> dict:
 
 
 def recipe(path: Path, block: int | None) -> dict:
-    """The reference's steps: whole tensors, scale in the weight's dtype, nan_to_num, clamp, cast."""
+    """The reference's steps: whole tensors, scale in the weight's dtype, nan_to_num, clamp."""
     made = {}
     with safe_open(path, "pt") as file:
         for key in file.keys():

@@ -3,9 +3,10 @@
     python tests/bench/bench_fp8_step.py [--rounds 7] [--layers 6]
 
 One process, one thread, variants interleaved round by round, CPU seconds of the process, medians.
-ComfyUI's own Linears, 2048², with a rank-16 LoRA beside each and SiLU between, bf16, through Braid's
-frozen base; "kept copy" is the same FP8 base under plain autograd, which keeps what the forward
-dequantised (musubi-tuner's patched forward). Bytes are distinct storages saved by autograd, base left out.
+ComfyUI's own Linears, 2048², with a rank-16 LoRA beside each and SiLU between, bf16, through
+Braid's frozen base; "kept copy" is the same FP8 base under plain autograd, which keeps what the
+forward dequantised (musubi-tuner's patched forward). Bytes are distinct storages that autograd
+saves, the base left out.
 """
 
 import argparse
@@ -27,12 +28,13 @@ if not import_comfyui():
 import comfy.model_management  # noqa: E402
 import comfy.ops  # noqa: E402
 import torch  # noqa: E402
+from torch import nn  # noqa: E402
+
 from comfyui_braid.engine.comfyui.fp8_layout import with_fine_scale  # noqa: E402
 from comfyui_braid.engine.comfyui.frozen import dequantized, frozen  # noqa: E402
 from comfyui_braid.engine.fp8.checkpoint import comfy_quant, core_format  # noqa: E402
 from comfyui_braid.engine.fp8.policy import Fp8Policy  # noqa: E402
 from comfyui_braid.engine.fp8.stream import quantize_weight  # noqa: E402
-from torch import nn  # noqa: E402
 
 WIDTH, RANK = 2048, 16
 TOKENS = (256, 1024)
@@ -40,7 +42,7 @@ CPU = torch.device("cpu")
 
 
 def base_layers(count: int, policy: Fp8Policy | None) -> nn.ModuleList:
-    """ComfyUI's mixed-precision Linears: bf16, or FP8 by `policy`; made as the loader makes them."""
+    """ComfyUI's mixed-precision Linears: bf16, or FP8 by `policy`, as the loader makes them."""
     operations = comfy.ops.mixed_precision_ops({}, torch.bfloat16, full_precision_mm=True)
     layers = nn.ModuleList()
     generator = torch.Generator().manual_seed(0)

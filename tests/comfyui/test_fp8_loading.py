@@ -4,13 +4,9 @@ import comfy.sd
 import pytest
 import torch
 from comfy.quant_ops import QuantizedTensor
-from comfyui_braid.engine.comfyui.loader import Fp8Request, load_fp8
-from comfyui_braid.engine.fp8.policy import PRESETS, Fp8Policy, LayerPatterns
-from comfyui_braid.engine.fp8.stream import quantize_weight
 from fp8_files import (
     ARCHITECTURES,
     distance,
-    flux_file,  # noqa: F401  (a fixture)
     lora_state_dict,
     reference,
     sample,
@@ -18,6 +14,10 @@ from fp8_files import (
     write_model,
 )
 from safetensors.torch import save_file
+
+from comfyui_braid.engine.comfyui.loader import Fp8Request, load_fp8
+from comfyui_braid.engine.fp8.policy import PRESETS, Fp8Policy, LayerPatterns
+from comfyui_braid.engine.fp8.stream import quantize_weight
 
 POLICIES = {
     "tensor": Fp8Policy(granularity="tensor"),

@@ -3,18 +3,18 @@ import comfy.sd
 import pytest
 import torch
 from comfy_extras.nodes_torch_compile import TorchCompileModel
-from comfyui_braid.engine.comfyui.fp8_lora import PatchOnTheFly
-from comfyui_braid.engine.comfyui.loader import Fp8Request, load_fp8
-from comfyui_braid.engine.fp8.policy import Fp8Policy
 from fp8_files import (
     distance,
-    flux_file,  # noqa: F401  (a fixture)
     lora_state_dict,
     reference,
     sample,
     state_dict,
 )
 from safetensors.torch import save_file
+
+from comfyui_braid.engine.comfyui.fp8_lora import PatchOnTheFly
+from comfyui_braid.engine.comfyui.loader import Fp8Request, load_fp8
+from comfyui_braid.engine.fp8.policy import Fp8Policy
 
 GRANULARITIES = ("tensor", "channel", "block")
 LAYER = "double_blocks.0.img_attn.proj"

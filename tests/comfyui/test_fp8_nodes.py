@@ -4,9 +4,10 @@ from pathlib import Path
 import folder_paths
 import pytest
 import torch
-from comfyui_braid.nodes.fp8 import Fp8Loader, SaveFp8
 from fp8_files import lora_state_dict, sample, write_model
 from safetensors.torch import save_file
+
+from comfyui_braid.nodes.fp8 import BraidFp8Loader, BraidSaveFp8
 
 DOCS = Path(__file__).resolve().parents[2] / "web" / "docs"
 
@@ -28,7 +29,7 @@ def models(tmp_path, monkeypatch):
 
 def load(granularity=None, **inputs):
     with torch.inference_mode():
-        return Fp8Loader.execute(
+        return BraidFp8Loader.execute(
             unet_name=inputs.pop("unet_name", "flux.safetensors"),
             granularity=granularity or {"granularity": "block", "block_size": 32},
             fp8_format="e4m3fn",
@@ -66,7 +67,7 @@ def test_patterns_one_a_line_and_a_lora_reach_the_policy(models):
 def test_a_saved_model_comes_back_through_the_loader(models):
     model = load().result[0]
     with torch.inference_mode():
-        (path,) = SaveFp8.execute(model, "diffusion_models/fp8").result
+        (path,) = BraidSaveFp8.execute(model, "diffusion_models/fp8").result
     assert Path(path) == models / "output" / "diffusion_models" / "fp8_00001_.safetensors"
     Path(path).rename(models / "again.safetensors")
     folder_paths.filename_list_cache.clear()
@@ -75,7 +76,7 @@ def test_a_saved_model_comes_back_through_the_loader(models):
     assert torch.equal(sample(again.result[0]), sample(model))
 
 
-@pytest.mark.parametrize("node", [Fp8Loader, SaveFp8])
+@pytest.mark.parametrize("node", [BraidFp8Loader, BraidSaveFp8])
 def test_every_input_and_output_has_a_tooltip_and_the_node_a_page(node):
     schema = node.define_schema()
     assert (DOCS / f"{schema.node_id}.md").is_file()

@@ -3,18 +3,18 @@ import json
 import comfy.sd
 import pytest
 import torch
-from comfyui_braid.engine.comfyui.fp8_save import save_fp8
-from comfyui_braid.engine.comfyui.loader import Fp8Request, load_fp8
-from comfyui_braid.engine.files import read_header
-from comfyui_braid.engine.fp8.policy import Fp8Policy
 from fp8_files import (
     ARCHITECTURES,
-    flux_file,  # noqa: F401  (a fixture)
     lora_state_dict,
     reference,
     sample,
     write_model,
 )
+
+from comfyui_braid.engine.comfyui.fp8_save import save_fp8
+from comfyui_braid.engine.comfyui.loader import Fp8Request, load_fp8
+from comfyui_braid.engine.files import read_header
+from comfyui_braid.engine.fp8.policy import Fp8Policy
 
 
 def load(path, granularity="block", **policy):

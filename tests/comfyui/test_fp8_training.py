@@ -4,6 +4,9 @@ import dataclasses
 
 import pytest
 import torch
+from fp8_files import distance, reference, write_model
+from tiny_models import conditioning, latent
+
 from comfyui_braid.engine.comfyui.frozen import frozen
 from comfyui_braid.engine.comfyui.items import pair_items
 from comfyui_braid.engine.comfyui.loader import Fp8Request, load_fp8
@@ -14,8 +17,6 @@ from comfyui_braid.engine.timesteps.sampling import TimestepSampling
 from comfyui_braid.engine.training.optimizer import OptimizerSpec
 from comfyui_braid.engine.training.options import TrainingOptions
 from comfyui_braid.engine.training.plan import TrainingPlan
-from fp8_files import distance, reference, write_model
-from tiny_models import conditioning, latent
 
 PLAN = TrainingPlan(steps=8, batch_size=2, learning_rate=2e-3, seed=3, mixed_precision="bf16")
 GRANULARITIES = ("tensor", "channel", "block")

@@ -2,12 +2,13 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from comfyui_braid.engine.files import read_header
 from comfyui_braid.engine.fp8.checkpoint import comfy_quant, recognise, write_streamed
 from comfyui_braid.engine.fp8.policy import Decision, Fp8Policy
 from comfyui_braid.engine.fp8.source import map_tensors
 from comfyui_braid.engine.fp8.stream import quantized_stream
-from safetensors.torch import load_file, save_file
 
 CPU = torch.device("cpu")
 FP8 = torch.float8_e4m3fn

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from comfyui_braid.engine.fp8 import dequantize as dequantizing
 from comfyui_braid.engine.fp8.dequantize import decode, decode_bytes, dequantize
 from comfyui_braid.engine.fp8.policy import Fp8Policy

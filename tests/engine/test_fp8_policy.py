@@ -1,4 +1,5 @@
 import pytest
+
 from comfyui_braid.engine.fp8.policy import Fp8Policy, LayerPatterns
 
 NAMES = {

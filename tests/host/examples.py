@@ -7,6 +7,7 @@ node means running this again, never editing JSON by hand.
 import sys
 from collections.abc import Callable
 
+from . import real_models
 from .browse import browsing
 from .serve import Server
 from .workflows import EXAMPLES, Graph, Node
@@ -137,8 +138,7 @@ def choose_timesteps(graph: Graph) -> None:
     ):
         graph.column(title, PURPLE, 420)
         timesteps = graph.add("BraidTimestepSampling", **settings)
-        preview = graph.add("BraidTimestepPreview", timesteps=timesteps["timesteps"])
-        graph.add("PreviewImage", 300, title="As a picture", images=preview["image"])
+        graph.add("BraidTimestepPreview", timesteps=timesteps["timesteps"])
     graph.column("2 · A short run", GREEN, 420)
     model, data = playground_data(graph, "slanted", 20)
     network = graph.add("BraidNetwork", network_dim=4, network_alpha=4)
@@ -280,14 +280,12 @@ def post_hoc_ema(graph: Graph) -> None:
         method__sigma_rel=0.15,
         filename_prefix="loras/outlined_ema",
     )
-    graph.add("PreviewImage", 280, title="What each checkpoint counts", images=average["image"])
-    shadows = graph.add(
+    graph.add(
         "BraidEmaReconstruct",
         checkpoints=trained["checkpoints"],
         sigma_rel=0.15,
         filename_prefix="",
     )
-    graph.add("PreviewImage", 280, title="Rebuilt from shadows", images=shadows["image"])
     graph.column("4 · The average at work", BLUE, 340)
     adapted = graph.add("LoraModelLoader", model=model["model"], lora=average["lora"])
     prompts = playground_prompts(graph, "R")
@@ -321,12 +319,12 @@ def fp8_scaled(graph: Graph) -> None:
     )
     graph.add("PreviewAny", 300, title="Report", source=quantized["report"])
     graph.column("2 · Keep it", BROWN, 320)
-    graph.add("BraidSaveFp8", model=quantized["MODEL"])
+    graph.add("BraidSaveFp8", model=quantized["model"])
     prompts = playground_prompts(graph, "S")
     graph.column("3 · bf16", BLUE, 340)
     sampled(graph, "bf16 weights", exact["model"], prompts)
     graph.column("4 · FP8", GREEN, 340)
-    sampled(graph, "FP8 weights", quantized["MODEL"], prompts)
+    sampled(graph, "FP8 weights", quantized["model"], prompts)
 
 
 def magcache(graph: Graph) -> None:
@@ -352,7 +350,6 @@ def magcache(graph: Graph) -> None:
         latent=run["LATENT"],
         filename_prefix="",
     )
-    graph.add("PreviewImage", 300, title="What was measured", images=calibration["image"])
     graph.column("3 · Plan", GREEN, 460)
     cached = graph.add(
         "BraidMagCache",
@@ -361,14 +358,13 @@ def magcache(graph: Graph) -> None:
         rule="planned",
         rule__speedup=3.0,
     )
-    strip = graph.add(
+    graph.add(
         "BraidMagCachePlan",
         plan=calibration["plan"],
         steps=50,
         rule="planned",
         rule__speedup=3.0,
     )
-    graph.add("PreviewImage", 300, title="The plan", images=strip["image"])
     others = playground_prompts(graph, "K")
     graph.column("4 · All 50 evaluations", BLUE, 340)
     sampled(graph, "50 steps", model["model"], others, steps=50, seed=5)
@@ -387,6 +383,7 @@ WORKFLOWS: dict[str, Callable[[Graph], None]] = {
     "04_post_hoc_ema": post_hoc_ema,
     "05_fp8_scaled": fp8_scaled,
     "06_magcache_calibrate_and_use": magcache,
+    **real_models.WORKFLOWS,
 }
 
 MEASURE = """async (workflow) => {
