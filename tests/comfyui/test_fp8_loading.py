@@ -7,7 +7,6 @@ from comfy.quant_ops import QuantizedTensor
 from fp8_files import (
     ARCHITECTURES,
     distance,
-    flux_file,  # noqa: F401  (a fixture)
     lora_state_dict,
     reference,
     sample,
@@ -48,7 +47,9 @@ def test_every_granularity_samples_far_closer_to_bf16_than_a_plain_cast(
             str(path), model_options={"dtype": torch.float8_e4m3fn}
         )
     plain = distance(sample(cast, name), exact)
-    errors = {key: distance(sample(load(path, p).patcher, name), exact) for key, p in POLICIES.items()}
+    errors = {
+        key: distance(sample(load(path, p).patcher, name), exact) for key, p in POLICIES.items()
+    }
     assert max(errors.values()) < 0.35 * plain
     assert errors["block+mse"] < errors["block"] < 1.1 * errors["tensor"]
 
