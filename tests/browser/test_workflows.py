@@ -1,4 +1,4 @@
-"""Every example workflow in a real browser: it opens whole, quietly, and means what the API runs."""
+"""Every example workflow in a real browser: it opens whole, quietly, and runs as the API does."""
 
 import pytest
 from host.workflows import EXAMPLES, read_workflow, to_prompt
