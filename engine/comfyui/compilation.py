@@ -55,6 +55,22 @@ class Compiled:
 
         return forward
 
+    @contextmanager
+    def savable_weights(self, model: nn.Module) -> Iterator[None]:
+        """Inside, weights made under inference mode are plain tensors in the same memory.
+
+        A compiled block remembers its weights for backward, and autograd refuses those.
+        """
+        with ExitStack() as undo:
+            if self.is_on:
+                for module in model.modules():
+                    for name, weight in module._parameters.items():
+                        if type(weight) is nn.Parameter and weight.is_inference():
+                            alias = nn.Parameter(_alias(weight), requires_grad=False)
+                            module._parameters[name] = alias
+                            undo.callback(_put_back, module, name, weight, alias)
+            yield
+
 
 @contextmanager
 def compiled(model: nn.Module, compilation: Compilation | None) -> Iterator[Compiled]:
@@ -77,6 +93,23 @@ def compiled(model: nn.Module, compilation: Compilation | None) -> Iterator[Comp
             undo.enter_context(forward_replaced(block, forward))
         result.blocks = len(blocks)
         yield result
+
+
+def _alias(weight: torch.Tensor) -> torch.Tensor:
+    """A tensor that is no inference tensor, in the memory of `weight`."""
+    alias = torch.empty(0, dtype=weight.dtype, device=weight.device)
+    return alias.set_(
+        weight.untyped_storage(), weight.storage_offset(), weight.shape, weight.stride()
+    )
+
+
+def _put_back(module: nn.Module, name: str, weight: nn.Parameter, alias: nn.Parameter) -> None:
+    if module._parameters[name] is not alias:
+        return  # the host has put another one there meanwhile
+    if alias.data_ptr() != weight.data_ptr():  # the host has moved it
+        with torch.inference_mode():
+            weight.data = alias.data
+    module._parameters[name] = weight
 
 
 def compiled_steps(run: TrainingRun, compilation: Compiled) -> Iterator[TrainingStep]:
