@@ -26,6 +26,7 @@ import comfy.sample  # noqa: E402
 import comfy.samplers  # noqa: E402
 import torch  # noqa: E402
 from comfy_extras.nodes_easycache import EasyCacheNode  # noqa: E402
+
 from comfyui_braid.engine.comfyui.magcache_calibrate import Calibrator  # noqa: E402
 from comfyui_braid.engine.comfyui.magcache_patch import (  # noqa: E402
     MagCachePatch,
