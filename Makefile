@@ -9,7 +9,6 @@ demo: .venv/demo.ready  ## The main job without ComfyUI: train, average, quantis
 	$(BIN)/python -m comfyui_braid.engine.playground.demo
 
 test: .venv/test.ready  ## The whole suite; parts that need a ComfyUI or chromium say so when they are skipped
-	$(BIN)/ruff check .
 	$(BIN)/python -m pytest
 
 demo-comfyui: .venv/test.ready  ## Run the example workflow in a real ComfyUI over its API

@@ -15,6 +15,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+PARTIAL_SUFFIX = ".partial"
+"""Of files that are being written; only a killed process leaves one."""
 LEGACY_HASH_OFFSET = 0x100000
 LEGACY_HASH_LENGTH = 0x10000
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
@@ -43,7 +45,7 @@ def replaced_when_whole(path: Path) -> Iterator[Path]:
     On any exception the temporary file is removed and `path` is left as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PARTIAL_SUFFIX, dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:

@@ -194,7 +194,7 @@ class BraidPostHocEma(io.ComfyNode):
                 io.String.Output(
                     "report",
                     tooltip="JSON: files, steps, betas (decay per merge), weights (sum 1), "
-                    "achieved centre_of_mass and sigma_rel (fractions of the run), and the requested.",
+                    "centre_of_mass and sigma_rel (fractions of the run), achieved and requested.",
                 ),
                 io.String.Output("path", tooltip="The file written; empty when none was."),
             ],

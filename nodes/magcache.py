@@ -30,6 +30,7 @@ from .magcache_inputs import (
     ratios_input,
     rule_input,
     sigmas_for,
+    strip,
 )
 
 
@@ -109,9 +110,8 @@ class BraidMagCache(io.ComfyNode):
         )
         steps = plan.conditions.steps
         schedule = plan_schedule(plan, sigmas_for(plan, steps), settings.rule)
-        strip = {**schedule_dict(schedule), "name": plan.name, "rule": rule["rule"]}
         patched = MagCachePatch(settings).attach(model)
-        return io.NodeOutput(patched, plan, ui={"braid_live": [strip]})
+        return io.NodeOutput(patched, plan, ui={"braid_live": [strip(schedule, plan)]})
 
 
 class BraidMagCacheCalibrate(io.ComfyNode):
@@ -250,9 +250,8 @@ class BraidMagCachePlan(io.ComfyNode):
             raise ValueError(f"sigmas: got {len(levels)} values, a run has at least 2")
         schedule = plan_schedule(plan, levels, parse_rule(rule))
         image = as_image(schedule_picture(schedule, plan.name))
-        report = schedule_dict(schedule)
-        strip = {**report, "name": plan.name, "rule": rule["rule"]}
-        return io.NodeOutput(image, json.dumps(report, indent=1), ui={"braid_live": [strip]})
+        report = json.dumps(schedule_dict(schedule), indent=1)
+        return io.NodeOutput(image, report, ui={"braid_live": [strip(schedule, plan)]})
 
 
 class BraidMagCacheReport(io.ComfyNode):

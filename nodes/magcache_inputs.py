@@ -14,7 +14,7 @@ from ..engine.magcache.plan import MagCachePlan, plan_from_ratios
 from ..engine.magcache.presets import preset_named, presets
 from ..engine.magcache.report import schedule_dict
 from ..engine.magcache.rules import MagCacheRule, PlannedRule, Rule
-from ..engine.magcache.schedule import plan_schedule
+from ..engine.magcache.schedule import Schedule, plan_schedule
 from . import live, sockets
 
 AUTO, FROM_RATIOS = "auto", "from mag_ratios"
@@ -208,6 +208,18 @@ def load_calibration(name: str) -> MagCachePlan:
     return MagCachePlan.from_json(path.read_text(encoding="utf-8"))
 
 
+def strip(schedule: Schedule, plan: MagCachePlan) -> dict[str, Any]:
+    """What `web/magcache/chart.js` draws; there an `error` would be a sentence."""
+    numbers = schedule_dict(schedule)
+    total_error = numbers.pop("error")
+    return {
+        **numbers,
+        "total_error": total_error,
+        "name": plan.name,
+        "rule": "planned" if schedule.planned else "magcache",
+    }
+
+
 def live_magcache(node: live.LiveNode) -> dict[str, Any]:
     """The strip of the steps that the node would skip; a sentence where only a run can know."""
     plan, note = _live_plan(node)
@@ -216,7 +228,7 @@ def live_magcache(node: live.LiveNode) -> dict[str, Any]:
     steps = int(node.values.get("steps") or node.values.get("steps_downstream") or 0)
     steps = steps or plan.conditions.steps
     schedule = plan_schedule(plan, sigmas_for(plan, steps), parse_rule(node.values["rule"]))
-    return {**schedule_dict(schedule), "name": plan.name, "rule": node.values["rule"]["rule"]}
+    return strip(schedule, plan)
 
 
 def _live_plan(node: live.LiveNode) -> tuple[MagCachePlan | None, str]:

@@ -61,6 +61,7 @@ class BraidPlaygroundDataset(io.ComfyNode):
                     default=0,
                     min=0,
                     max=2**31 - 1,
+                    control_after_generate=False,
                     tooltip="Draws font, colour, size and place of every letter.",
                 ),
             ],

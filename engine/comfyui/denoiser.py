@@ -137,15 +137,17 @@ class ComfyDenoiser:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Let the host sample with the MODEL, adapters included, between two steps."""
-        with (
-            _training_mode(False),
-            torch.inference_mode(),
-            _compute_dtype(self.model, self._own_dtype),
-        ):
-            yield
-        with torch.inference_mode():
-            comfy.model_management.load_models_gpu([self.patcher])
-        self.patcher.pre_run()
+        try:
+            with (
+                _training_mode(False),
+                torch.inference_mode(),
+                _compute_dtype(self.model, self._own_dtype),
+            ):
+                yield
+        finally:  # after a failed sampling too: the host may have unloaded the model
+            with torch.inference_mode():
+                comfy.model_management.load_models_gpu([self.patcher])
+            self.patcher.pre_run()
 
     def _predict(self, noised: Tensor, t: Tensor, conditioning: Sequence[Conditioning]) -> Tensor:
         noised, t = noised.to(self.device), t.to(self.device)

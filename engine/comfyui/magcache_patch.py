@@ -121,7 +121,9 @@ class MagCachePatch:
             logger.warning("MagCache: %s", warning)
         return Run(
             schedule=replace(schedule, warnings=tuple(warnings)),
-            quantity=conditions.quantity,
+            # after fresh noise a repeated velocity beats a repeated denoised latent, and an
+            # extrapolated denoised latent beats both (measured on the playground)
+            quantity=conditions.quantity if schedule.planned else "velocity",
             blocks=block_keys(patcher) if settings.measure == "blocks" else [],
             clock=StepClock(sigmas, calls_follow_schedule(sampler)),
             cache=ResidualCache(schedule.extrapolate),

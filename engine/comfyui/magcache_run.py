@@ -24,11 +24,11 @@ Compute = Callable[[dict[str, Any]], Tensor]
 
 
 def conditioning_keys(options: dict[str, Any], calls: dict[Key, int]) -> list[Key]:
-    """One key per conditioning of a batch: list, uuid, frames, how often it came in this prediction.
+    """One key per conditioning of a batch: list, uuid, frames, how often it came in this call.
 
     A uuid alone does not tell: core gives a regional prompt's uuid to the negative it makes for
     its area, guidance nodes evaluate a conditioning twice in a step with other options, and
-    context windows evaluate it on other frames. `calls` counts within one prediction.
+    context windows evaluate it on other frames. `calls` counts within one call of the guider.
     """
     window = options.get("context_window")
     frames = tuple(window.index_list) if window is not None else ()

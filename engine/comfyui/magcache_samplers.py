@@ -24,7 +24,7 @@ NOISELESS = frozenset(("sample_res_multistep", "sample_res_multistep_cfg_pp"))
 
 
 def sampler_name(sampler: comfy.samplers.Sampler) -> str:
-    """The name a person knows: `euler`, `dpmpp_2m` …; the class name for samplers of another kind."""
+    """The name a person knows: `euler`, `dpmpp_2m` …; the class name for other samplers."""
     if isinstance(sampler, comfy.samplers.KSAMPLER):
         return sampler.sampler_function.__name__.removeprefix("sample_")
     return type(sampler).__name__
@@ -59,8 +59,8 @@ def adds_noise(sampler: comfy.samplers.Sampler) -> bool:
 class StepClock:
     """Which step of the schedule a model call belongs to, and its noise level as a Python float.
 
-    For samplers that call once a step it counts; otherwise it reads the noise level, which waits for
-    the device once a call.
+    For samplers that call once a step it counts; otherwise it reads the noise level, which waits
+    for the device once a call.
     """
 
     def __init__(self, sigmas: Sequence[float], follows_schedule: bool) -> None:

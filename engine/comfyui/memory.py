@@ -19,7 +19,7 @@ class MemoryEstimate:
 
     weights: int
     adapter: int
-    """Parameters, gradients and optimizer state."""
+    """Parameters, gradients, optimizer state and EMA shadows."""
     activations: int
     available: int
     """Free now, counting what ComfyUI can unload."""
@@ -43,25 +43,27 @@ def estimate_memory(
     parameters: int,
     batch_shape: Sequence[int],
     gradient_checkpointing: bool,
-    swapped_share: float = 0.0,
+    shadows: int = 0,
+    offload: bool = False,
 ) -> MemoryEstimate:
     """`parameters`: trainable numbers; `batch_shape`: the largest batch of latents (B, C, …).
 
     Activations are the host's own estimate of one forward pass times the number of block graphs
-    that are alive at once; `swapped_share` of the weights stays in main memory.
+    that are alive at once. `shadows`: float32 copies of the adapter that are kept beside it.
+    `offload`: the weights of the base stay in main memory.
     """
     forward = patcher.model.memory_required(list(batch_shape))
-    blocks = len(list(find_blocks(patcher.model.diffusion_model)))
+    blocks = len(find_blocks(patcher.model.diffusion_model))
     graphs = 3 if gradient_checkpointing else 3 + blocks / 2
     management = comfy.model_management
     device = patcher.load_device
-    if management.is_device_cpu(device):
-        available = psutil.virtual_memory().available + patcher.loaded_size()
+    if management.is_device_cpu(device):  # where the weights are in memory already
+        available = psutil.virtual_memory().available + patcher.model_size()
     else:
         available = management.get_total_memory(device) - management.extra_reserved_memory()
     return MemoryEstimate(
-        weights=int(patcher.model_size() * (1 - swapped_share)),
-        adapter=parameters * OPTIMIZER_BYTES_PER_PARAMETER,
+        weights=0 if offload else int(patcher.model_size()),
+        adapter=parameters * (OPTIMIZER_BYTES_PER_PARAMETER + 4 * shadows),
         activations=int(forward * graphs),
         available=int(available),
     )
@@ -72,5 +74,5 @@ def refuse_if_too_large(estimate: MemoryEstimate) -> None:
     if estimate.needed > estimate.available:
         raise ValueError(
             f"this run does not fit: {estimate.text}; lower batch_size or the resolution, turn on "
-            "gradient_checkpointing, or raise blocks_to_swap"
+            "gradient_checkpointing, or set blocks_to_swap above 0"
         )

@@ -54,22 +54,26 @@ class Previewer:
         self._denoiser = denoiser
         self._folder = folder
 
-    def draw(self, run: TrainingRun) -> np.ndarray | None:
-        """The picture after the step just done; None, with a warning, when memory ran out."""
-        run.optimization.set_averaged(True)
+    def draw(self, run: TrainingRun) -> None:
+        """Sample after the step just done; what goes wrong there is a warning, not an end."""
+        management = comfy.model_management
         run.network.eval()
         try:
-            with torch.random.fork_rng(), self._denoiser.paused():
+            with (
+                run.optimization.averaged(),
+                torch.random.fork_rng([run.device] if run.device.type != "cpu" else []),
+                self._denoiser.paused(),
+            ):
                 self.last = self._sample()
-        except comfy.model_management.OOM_EXCEPTION as error:
-            logger.warning("no preview at step %d: out of memory (%s)", run.step, error)
-            comfy.model_management.soft_empty_cache()
-            return None
+            self._save(run.step)
+        except management.InterruptProcessingException:
+            raise
+        except Exception as error:  # of any sampler, VAE or other pack
+            reason = "out of memory" if management.is_oom(error) else type(error).__name__
+            logger.warning("no preview at step %d: %s (%s)", run.step, reason, error)
+            management.soft_empty_cache()
         finally:
             run.network.train()
-            run.optimization.set_averaged(False)
-        self._save(run.step)
-        return self.last
 
     def _sample(self) -> np.ndarray:
         sampling = self._sampling
@@ -100,7 +104,8 @@ class Previewer:
         if self._sampling.vae is not None:
             pictures = self._sampling.vae.decode(latents)
             return pictures.reshape(-1, *pictures.shape[-3:])
-        return _approximate(latents, self._patcher.model.latent_format)
+        model = self._patcher.model
+        return _approximate(model.process_latent_in(latents), model.latent_format)
 
     def _save(self, step: int) -> None:
         path = self._folder / "preview" / f"step{step:08d}.png"
@@ -110,7 +115,7 @@ class Previewer:
 
 
 def _approximate(latents: torch.Tensor, latent_format: Any) -> torch.Tensor:
-    """Latents through the host's table latent -> RGB, one pixel per cell."""
+    """Latents in the model's scale through the host's table latent -> RGB, one pixel per cell."""
     factors = latent_format.latent_rgb_factors
     if factors is None:
         raise ValueError("this model's latents cannot be shown without a VAE; connect vae")

@@ -2,48 +2,42 @@
 
 import json
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
 import torch
 from comfy.model_patcher import ModelPatcher
 from PIL import Image
-from torch import Tensor
 
-from ..checkpoints import AdapterStateDict, Checkpoints
+from ..checkpoints import SHADOWS_SUFFIX, AdapterStateDict, Checkpoints
+from ..ema.shadows import SIGMA_RELS, Shadows
 from ..files import replaced_when_whole
 from ..network.attach import Network, attached, build_network, parameter_groups
-from ..network.checkpoint import state_dict_of, write_adapter
+from ..network.checkpoint import state_dict_of, weights_of, write_adapter
+from ..network.keys import encoded
 from ..network.metadata import adapter_metadata
-from ..network.spec import NetworkSpec
 from ..network.targets import TargetReport, select_targets
-from ..timesteps.sampling import TimestepSampling
 from ..timesteps.stream import TimestepStream
 from ..training.dataset import Dataset, TrainingItem
 from ..training.figure import draw_history
 from ..training.logs import TrainingLogs, open_logs
 from ..training.loop import TrainingRun, TrainingStep
-from ..training.optimizer import Optimization, OptimizerSpec
-from ..training.options import Checkpointing, TrainingOptions
-from ..training.plan import TrainingPlan
-from ..training.saving import (
-    Saver,
-    dataset_fingerprint,
-    find_state,
-    free_folder,
-    resumed,
-    saved,
-)
+from ..training.optimizer import Optimization
+from ..training.saving import Saver, find_state, resumed, run_folder, saved
 from ..training.validation import Validator, validated
-from .compilation import compiled
+from . import lora_training
+from .compilation import compiled, compiled_steps
 from .denoiser import ComfyDenoiser, training_session
 from .items import Pair
-from .memory import estimate_memory, refuse_if_too_large
+from .lora_training import LoraTraining
+from .memory import MemoryEstimate, estimate_memory, refuse_if_too_large
 from .model import architecture_of, diffusion_model_of
 from .preview import Previewer, previewed
 from .progress import reported
@@ -51,23 +45,8 @@ from .progress import reported
 logger = logging.getLogger("comfyui_braid.training")
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LoraTraining:
-    """Everything that one run needs to know."""
-
-    plan: TrainingPlan
-    network: NetworkSpec
-    timesteps: TimestepSampling
-    optimizer: OptimizerSpec
-    options: TrainingOptions
-    pairs: Sequence[Pair]
-    """The training items."""
-    held_out: Sequence[Pair]
-    """The items of `options.validation`."""
-    loras: Path
-    """The folder under which the run's own folder is made."""
+DRAWING_SHARE = 0.01
+"""Largest share of the time that goes into drawing the live loss curve."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,20 +75,17 @@ def train_lora(
     for warning in targets.warnings:
         logger.warning(warning)
     shape = _largest_batch(training.pairs, plan.batch_size)
-    estimate = estimate_memory(
-        patcher,
-        parameters=targets.parameters,
-        batch_shape=shape,
-        gradient_checkpointing=plan.gradient_checkpointing,
-        swapped_share=1.0 if plan.blocks_to_swap else 0.0,
-    )
+    estimate = _estimate(patcher, training, targets, shape)
     refuse_if_too_large(estimate)
-    checkpointing = training.options.checkpointing or Checkpointing()
-    state_file = find_state(training.loras, plan.output_name, checkpointing.resume)
-    folder = state_file.parent if state_file else free_folder(training.loras, plan.output_name)
+    state_file = find_state(training.loras, plan.output_name, training.checkpointing.resume)
+    folder = run_folder(training.loras, plan.output_name, state_file)
     _check_writable(folder)
     dtype = COMPUTE_DTYPES.get(plan.mixed_precision) or patcher.model_dtype()
     with ExitStack() as stack:
+        # before the session, so that it is the blocks that are compiled, not their checkpointing
+        compilation = stack.enter_context(
+            compiled(diffusion_model_of(patcher), training.options.compilation)
+        )
         denoiser = stack.enter_context(
             training_session(
                 patcher,
@@ -120,33 +96,77 @@ def train_lora(
                 latents_shape=shape,
             )
         )
-        stack.enter_context(compiled(denoiser.diffusion_model, training.options.compilation))
         network = build_network(targets.selected, training.network, plan.seed, dtype)
         network.to(denoiser.device)
         stack.enter_context(attached(denoiser.diffusion_model, network))
         run = _build_run(training, denoiser, network)
-        report = _report(training, targets, folder, estimate.text)
+        report = lora_training.resolved(training, run, targets, folder, estimate.text)
+        adapter = _Adapter(training, network, targets, run, report)
+        shadows = _build_shadows(network, targets) if training.checkpointing.ema_shadows else None
         saver = Saver(
             folder,
-            Path(plan.output_name).name,
-            checkpointing,
-            _adapter_writer(training, network, targets, run, report),
-            _identity(training, targets, run.dataset),
+            training.name,
+            training.checkpointing,
+            adapter.write,
+            lora_training.identity(training, run, targets),
+            (lambda: {"shadows": shadows.state_dict()}) if shadows else dict,
         )
         if state_file:
-            resumed(run, state_file, saver.identity)
+            rest = resumed(run, state_file, saver.identity)
+            if shadows:
+                shadows.load_state_dict(rest["shadows"])
             saver.continued(run)
             say(f"resumed at step {run.step} from {state_file.name}")
-        steps = _with_options(run, training, denoiser, saver, stack, report)
+        steps = compiled_steps(run, compilation)
+        if shadows:
+            steps = _shadowed(steps, shadows)
+        steps = _with_options(steps, run, training, denoiser, saver, stack, report)
         _train(steps, run, saver, say)
-        saver.save_final(run)
-    report |= {"file": str(saver.final), "steps_done": run.step}
+        lora = _save_finished(saver, adapter, report, say)
+        shadow_file = _save_shadows(shadows, adapter, folder) if shadows else None
+    report |= {
+        "steps_done": run.step,
+        "seconds_per_step": round(run.seconds_per_step, 4),
+        "first_step_seconds": round(run.first_step_seconds, 4),
+        "compiled": compilation.state,
+    }
     return TrainedLora(
-        lora=read_lora(saver.final),
+        lora=lora,
         loss_map=run.history.loss_map(),
-        checkpoints=saver.checkpoints(),
+        checkpoints=Checkpoints(files=saver.checkpoints().files, shadows=shadow_file),
         report=report,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Adapter:
+    """The network of a run as a LORA_MODEL or a file."""
+
+    training: LoraTraining
+    network: Network
+    targets: TargetReport
+    run: TrainingRun
+    report: Mapping[str, Any]
+    started: datetime = field(default_factory=datetime.now)
+
+    def build(self, extra: Mapping[str, str]) -> AdapterStateDict:
+        training = self.training
+        metadata = adapter_metadata(
+            training.network,
+            self.targets.architecture,
+            title=training.name,
+            created=datetime.now(),
+            training=lora_training.musubi_fields(training, self.run, self.started),
+            timestep_range=lora_training.timestep_range(training.timesteps),
+        )
+        metadata["braid_config"] = json.dumps(lora_training.public(self.report))
+        state = state_dict_of(self.network, self.targets.architecture)
+        on_cpu = {key: tensor.detach().cpu() for key, tensor in state.items()}
+        return AdapterStateDict(on_cpu, {**metadata, **extra})
+
+    def write(self, path: Path, extra: Mapping[str, str]) -> None:
+        built = self.build(extra)
+        write_adapter(path, built, built.metadata)
 
 
 def _train(
@@ -159,14 +179,72 @@ def _train(
             pass
     except BaseException as reason:
         if run.step > started_at:
-            path = saver.save_step(run, with_state=True)
-            text = f"stopped at step {run.step} ({type(reason).__name__}); saved {path}"
-            logger.warning("%s; resume from the .state file beside it", text)
+            text = f"stopped at step {run.step} ({type(reason).__name__}); {_rescued(run, saver)}"
+            logger.warning(text)
             say(text)
         raise
 
 
+def _rescued(run: TrainingRun, saver: Saver) -> str:
+    """Save what there is, and say where, without hiding why the run stopped."""
+    try:
+        path = saver.save_step(run, with_state=True)
+    except (OSError, ValueError) as error:
+        return f"saving failed ({error}); what was saved before is whole, in {saver.folder}"
+    return f"saved {path}; resume from the .state file beside it"
+
+
+def _save_finished(
+    saver: Saver, adapter: _Adapter, report: dict[str, Any], say: Callable[[str], None]
+) -> AdapterStateDict:
+    """The finished adapter, as it was read back from its file.
+
+    Where it cannot be written it is handed to the graph all the same, and the report says so.
+    """
+    try:
+        saver.save_final(adapter.run)
+        report["file"] = str(saver.final)
+        return read_lora(saver.final)
+    except OSError as error:
+        text = (
+            f"the finished LoRA could not be saved ({error}); it is at the node's output: free "
+            "some space and save it with Save LoRA"
+        )
+        logger.error(text)
+        say(text)
+        report["warnings"].append(text)
+        with adapter.run.optimization.averaged():
+            return adapter.build({})
+
+
+def _build_shadows(network: Network, targets: TargetReport) -> Shadows:
+    """EMA shadows of the trained tensors, which they watch, under the keys of the adapter file."""
+    live = encoded(weights_of(network), "comfyui", targets.architecture)
+    return Shadows({key: tensor for key, tensor in live.items() if not key.endswith(".alpha")})
+
+
+def _shadowed(steps: Iterator[TrainingStep], shadows: Shadows) -> Iterator[TrainingStep]:
+    for step in steps:
+        shadows.update(step.step)
+        yield step
+
+
+def _save_shadows(shadows: Shadows, adapter: _Adapter, folder: Path) -> Path | None:
+    """The shadow file beside the final adapter; None, with a warning, when it cannot be written."""
+    shadows.catch_up(adapter.run.step)
+    built = adapter.build({"ss_steps": str(adapter.run.step)})
+    constants = {key: tensor for key, tensor in built.items() if key.endswith(".alpha")}
+    path = folder / f"{adapter.training.name}{SHADOWS_SUFFIX}"
+    try:
+        shadows.write(path, constants, built.metadata)
+    except OSError as error:
+        logger.warning("the EMA shadows could not be saved (%s)", error)
+        return None
+    return path
+
+
 def _with_options(
+    steps: Iterator[TrainingStep],
     run: TrainingRun,
     training: LoraTraining,
     denoiser: ComfyDenoiser,
@@ -174,9 +252,8 @@ def _with_options(
     stack: ExitStack,
     report: Mapping[str, Any],
 ) -> Iterator[TrainingStep]:
-    """The run's steps with validation, saving, previews, logs and progress around them."""
-    options = training.options
-    steps, previewer = run.steps(), None
+    """The steps with validation, saving, previews, logs and progress around them."""
+    options, previewer = training.options, None
     if options.validation:
         steps = validated(steps, run, _build_validator(training, denoiser))
     steps = saved(steps, run, saver)
@@ -184,9 +261,9 @@ def _with_options(
         previewer = Previewer(options.preview, denoiser, training.pairs[0][1], saver.folder)
         steps = previewed(steps, run, previewer)
     if options.log:
-        logs = open_logs(options.log, _public(report), run.optimization.group_names)
+        logs = open_logs(options.log, lora_training.public(report), run)
         stack.callback(logs.close)
-        steps = _logged(steps, run, logs, previewer)
+        steps = _logged(steps, logs, previewer)
     remaining = run.plan.steps - run.step
     return reported(steps, remaining, picture=_Picture(run, previewer))
 
@@ -197,28 +274,34 @@ class _Picture:
 
     run: TrainingRun
     previewer: Previewer | None
+    _shown: np.ndarray | None = None
+    _next_at: float = 0.0
 
-    def __call__(self, step: TrainingStep) -> Image.Image:
-        run = self.run
-        average = run.history.average(run.steps_per_epoch)
-        return draw_history(
+    def __call__(self, step: TrainingStep) -> Image.Image | None:
+        """None, to leave the shown one, where drawing would take too large a share of the time."""
+        run, now = self.run, time.perf_counter()
+        sample = self.previewer.last if self.previewer else None
+        if now < self._next_at and sample is self._shown and step.step < run.plan.steps:
+            return None
+        self._shown = sample
+        picture = draw_history(
             run.history,
             steps=run.plan.steps,
-            sample=self.previewer.last if self.previewer else None,
-            caption=f"step {step.step} of {run.plan.steps} · average loss {average:.4g} · "
-            f"{step.seconds:.2f} s a step",
+            sample=sample,
+            caption=f"step {step.step} of {run.plan.steps} · average loss "
+            f"{run.history.average(run.steps_per_epoch):.4g} · {run.seconds_per_step:.2f} s a step",
         )
+        drawn = time.perf_counter()
+        self._next_at = drawn + (drawn - now) / DRAWING_SHARE
+        return picture
 
 
 def _logged(
-    steps: Iterator[TrainingStep], run: TrainingRun, logs: TrainingLogs, previewer: Previewer | None
+    steps: Iterator[TrainingStep], logs: TrainingLogs, previewer: Previewer | None
 ) -> Iterator[TrainingStep]:
-    shown, validations = None, len(run.history.validations)
+    shown = None
     for step in steps:
-        logs.record_step(step, run)
-        for record in run.history.validations[validations:]:
-            logs.record_validation(record)
-        validations = len(run.history.validations)
+        logs.record()
         if previewer and previewer.last is not shown:
             shown = previewer.last
             logs.record_image("sample", shown, step.step)
@@ -263,118 +346,20 @@ def _build_validator(training: LoraTraining, denoiser: ComfyDenoiser) -> Validat
     )
 
 
-def _adapter_writer(
+def _estimate(
+    patcher: ModelPatcher,
     training: LoraTraining,
-    network: Network,
     targets: TargetReport,
-    run: TrainingRun,
-    report: Mapping[str, Any],
-) -> Callable[[Path, Mapping[str, str]], None]:
-    started = datetime.now()
-
-    def write(path: Path, extra: Mapping[str, str]) -> None:
-        metadata = adapter_metadata(
-            training.network,
-            targets.architecture,
-            title=Path(training.plan.output_name).name,
-            created=datetime.now(),
-            training=_musubi_fields(training, run, started),
-            timestep_range=_timestep_range(training.timesteps),
-        )
-        metadata["braid_config"] = json.dumps(_public(report))
-        state = _on_cpu(state_dict_of(network, targets.architecture))
-        write_adapter(path, state, {**metadata, **extra})
-
-    return write
-
-
-def _musubi_fields(
-    training: LoraTraining, run: TrainingRun, started: datetime
-) -> dict[str, object]:
-    """The `ss_` fields of a run under musubi-tuner's names, and those it forgets."""
-    plan, sampling, optimizer = training.plan, training.timesteps, training.optimizer
-    return {
-        "output_name": Path(plan.output_name).name,
-        "learning_rate": plan.learning_rate,
-        "num_train_items": len(run.dataset),
-        "num_batches_per_epoch": run.batches_per_epoch,
-        "num_epochs": -(-plan.steps // run.steps_per_epoch),
-        "gradient_checkpointing": plan.gradient_checkpointing,
-        "gradient_accumulation_steps": plan.gradient_accumulation_steps,
-        "max_train_steps": plan.steps,
-        "lr_warmup_steps": optimizer.warmup_steps(plan.steps),
-        "lr_scheduler": optimizer.lr_scheduler,
-        "mixed_precision": plan.mixed_precision,
-        "seed": plan.seed,
-        "optimizer": optimizer.description,
-        "max_grad_norm": plan.max_grad_norm,
-        "scale_weight_norms": plan.scale_weight_norms or None,
-        "guidance_scale": plan.guidance,
-        "loss_type": plan.loss_type,
-        "timestep_sampling": sampling.mode,
-        "weighting_scheme": sampling.weighting_scheme,
-        "logit_mean": sampling.logit_mean,
-        "logit_std": sampling.logit_std,
-        "mode_scale": sampling.mode_scale,
-        "sigmoid_scale": sampling.sigmoid_scale,
-        "discrete_flow_shift": sampling.discrete_flow_shift,
-        "min_timestep": sampling.min_timestep,
-        "max_timestep": sampling.max_timestep,
-        "preserve_distribution_shape": sampling.preserve_distribution_shape,
-        "num_timestep_buckets": sampling.num_timestep_buckets,
-        "datasets": [{"batch_size": plan.batch_size}],
-        "training_started_at": started.timestamp(),
-        "training_finished_at": datetime.now().timestamp(),
-    }
-
-
-def _timestep_range(sampling: TimestepSampling) -> tuple[int, int] | None:
-    limits = (sampling.min_timestep, sampling.max_timestep)
-    return None if limits == (0, 1000) else limits
-
-
-def _report(
-    training: LoraTraining, targets: TargetReport, folder: Path, memory: str
-) -> dict[str, Any]:
-    """The resolved configuration; plain JSON."""
-    return {
-        "plan": asdict(training.plan),
-        "network": asdict(training.network),
-        "timesteps": asdict(training.timesteps),
-        "optimizer": training.optimizer.description,
-        "lr_scheduler": training.optimizer.lr_scheduler,
-        "lr_warmup_steps": training.optimizer.warmup_steps(training.plan.steps),
-        "architecture": targets.architecture.title,
-        "modules": len(targets.selected),
-        "parameters": targets.parameters,
-        "warnings": list(targets.warnings),
-        "items": len(training.pairs),
-        "memory": memory,
-        "folder": str(folder),
-    }
-
-
-def _public(report: Mapping[str, Any]) -> dict[str, Any]:
-    """The report without paths of this machine."""
-    return {key: value for key, value in report.items() if key not in ("folder", "file")}
-
-
-def _identity(training: LoraTraining, targets: TargetReport, dataset: Dataset) -> dict[str, Any]:
-    """What must be the same for a resumed run to be the same run."""
-    plan = training.plan
-    return {
-        "network": repr(training.network),
-        "modules": len(targets.selected),
-        "data": dataset_fingerprint(dataset),
-        "timesteps": repr(training.timesteps),
-        "optimizer": training.optimizer.description,
-        "lr_scheduler": training.optimizer.lr_scheduler,
-        "seed": plan.seed,
-        "batch_size": plan.batch_size,
-        "gradient_accumulation_steps": plan.gradient_accumulation_steps,
-        "learning_rate": plan.learning_rate,
-        "loss_type": plan.loss_type,
-    }
+    batch_shape: Sequence[int],
+) -> MemoryEstimate:
+    return estimate_memory(
+        patcher,
+        parameters=targets.parameters,
+        shadows=len(SIGMA_RELS) if training.checkpointing.ema_shadows else 0,
+        batch_shape=batch_shape,
+        gradient_checkpointing=training.plan.gradient_checkpointing,
+        offload=training.plan.blocks_to_swap > 0,
+    )
 
 
 def _largest_batch(pairs: Sequence[Pair], batch_size: int) -> tuple[int, ...]:
@@ -401,7 +386,3 @@ def read_lora(path: Path) -> AdapterStateDict:
     with safetensors.safe_open(path, framework="pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         return AdapterStateDict(tensors, file.metadata() or {})
-
-
-def _on_cpu(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {key: tensor.detach().cpu() for key, tensor in state.items()}

@@ -74,6 +74,9 @@ class Span:
 
 def read_sources(paths: Sequence[Path]) -> tuple[Source, ...]:
     """The headers of the files, checked to hold the same adapter; ValueError names file and key."""
+    for path in paths:
+        if not path.is_file():
+            raise ValueError(f"{path}: is gone; load the checkpoints again, or keep more of them")
     sources = tuple(Source(path=path, header=read_header(path)) for path in paths)
     for source in sources:
         _check_is_adapter(source)

@@ -14,17 +14,15 @@ from torch import Tensor
 from ..files import DTYPES, SshsHasher, header_bytes, replaced_when_whole
 from .layout import Source, Span, copied_inside, key_at, output_layout, read_sources, spans
 
-CHUNK_ELEMENTS = (
-    1 << 18
-)  # 1 MiB of float32: small enough for a cache, large enough to hide the calls
+CHUNK_ELEMENTS = 1 << 18
+"""1 MiB of float32: small enough for a cache, large enough to hide the calls."""
 NO_HASHES = {"sshs_model_hash": "0" * 64, "sshs_legacy_hash": "0" * 8}
 
 
 class Progress(NamedTuple):
-    """How far a merge has come."""
+    """How far an average has come, in bytes, modules or tensors."""
 
     done: int
-    """Bytes of the output."""
     total: int
 
 
@@ -41,9 +39,14 @@ class Merge:
     and no `modelspec.merged_from`. Otherwise the last file is the reference for all of them."""
 
     @property
+    def reference_index(self) -> int:
+        """Which source gives the dtypes and the copied tensors."""
+        return 0 if self.like_musubi else len(self.sources) - 1
+
+    @property
     def reference(self) -> Source:
-        """The file whose dtypes and copied tensors the output has."""
-        return self.sources[0 if self.like_musubi else -1]
+        """The source that gives the dtypes and the copied tensors."""
+        return self.sources[self.reference_index]
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -121,8 +124,7 @@ def _merged_bytes(merge: Merge) -> Iterator[tuple[memoryview, Progress]]:
 
 @contextmanager
 def _on_one_thread() -> Iterator[None]:
-    """Threads sharing a chunk wait for each other: 40 x slower beside a busy neighbour
-    (measured)."""
+    """Threads that share a chunk wait for each other: 40 x slower beside a busy neighbour."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -144,8 +146,7 @@ class _Chunks:
     def merged(self, span: Span, first: int, last: int) -> Tensor:
         """Elements `first` to `last` of a span in the dtype of the output."""
         if not span.is_averaged:
-            reference = self._merge.sources.index(self._merge.reference)
-            return self._read(reference, span, first, last)
+            return self._read(self._merge.reference_index, span, first, last)
         average = self._average[: last - first]
         values = self._values[: last - first]
         average.copy_(self._read(0, span, first, last))

@@ -43,7 +43,7 @@ def trained_order(checkpoints: Sequence[Checkpoint], sort: str = "step") -> Trai
             by_mtime = sorted(checkpoints, key=lambda item: item.path.stat().st_mtime_ns)
             return _in_this_order(by_mtime, "modification time")
         case "given":
-            return _in_this_order(checkpoints, "the order given")
+            return _in_this_order(checkpoints, "as given")
     raise ValueError(f"sort {sort!r}: choose one of {', '.join(SORTS)}")
 
 
@@ -68,12 +68,12 @@ def selected(order: TrainedOrder, first: int = 1, last: int = 0) -> TrainedOrder
 
 def _by_training_time(checkpoints: Sequence[Checkpoint]) -> TrainedOrder:
     known = {item.path: item.step for item in checkpoints if item.step is not None}
-    unit, order_from = "steps", "steps in the metadata or file name"
+    unit, order_from = "steps", "step (metadata or name)"
     unstepped = [item.path for item in checkpoints if item.step is None]
     if unstepped:
         found = {item.path: _epoch(item.path) for item in checkpoints}
         known = {path: epoch for path, epoch in found.items() if epoch is not None}
-        unit, order_from = "epochs", "epochs in the file name or metadata"
+        unit, order_from = "epochs", "epoch (name or metadata)"
     if len(known) < len(checkpoints):
         raise ValueError(
             f"{unstepped[0].name}: neither metadata (ss_steps, ss_epoch) nor name (-step00000100, "

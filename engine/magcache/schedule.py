@@ -96,10 +96,7 @@ def plan_schedule(
 def _few_steps(steps: int, rule: Rule) -> list[str]:
     if steps > FEW_STEPS or rule.off:
         return []
-    return [
-        f"{steps} steps are few (a distilled model?): neighbouring steps differ too much there for "
-        "skipping to pay; turn the cache off, or compare with fewer steps"
-    ]
+    return [f"{steps} steps are few for a cache: compare with plain runs of fewer steps"]
 
 
 def _nothing_skipped(sigmas: tuple[float, ...], warnings: list[str]) -> Schedule:

@@ -19,19 +19,25 @@ def report_text(report: TargetReport) -> str:
         f"{report.parameters:,} parameters ({report.parameters * 4 / 2**20:.1f} MiB in float32)",
     ]
     lines += [f"warning: {warning}" for warning in report.warnings]
-    lines += ["", "adapted", *_grouped(selected)]
+    lines += ["", *_pattern_lines(report), "adapted", *_grouped(selected)]
     skipped = [candidate for candidate in report.candidates if not candidate.selected]
     for reason, count in Counter(candidate.reason for candidate in skipped).most_common():
         lines += ["", f"skipped, {count} × {reason}"]
         lines += _grouped(candidate for candidate in skipped if candidate.reason == reason)
-    if report.patterns:
-        lines += ["", "patterns"]
-        lines += [
-            f"  {count.origin:<16}  {count.pattern}  matches {count.matches}"
-            for count in report.patterns
-            if count.matches or count.origin != DEFAULT_EXCLUDE
-        ]
     return "\n".join(lines)
+
+
+def _pattern_lines(report: TargetReport) -> list[str]:
+    """What each pattern matches; defaults for layers that this model lacks are left out."""
+    counts = [c for c in report.patterns if c.matches or c.origin != DEFAULT_EXCLUDE]
+    if not counts:
+        return []
+    width = max(len(count.pattern) for count in counts)
+    return [
+        "patterns",
+        *(f"  {c.origin:<16}  {c.pattern:<{width}}  matches {c.matches}" for c in counts),
+        "",
+    ]
 
 
 def _grouped(candidates: Iterable[Candidate]) -> list[str]:

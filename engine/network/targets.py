@@ -6,6 +6,7 @@ Mode "whitelist" is what many expect include to mean: only what an include match
 of the user's), anywhere in the model, whatever the architecture's defaults.
 """
 
+import logging
 import math
 import re
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from .architectures import Architecture
 from .layers import LayerShape, layers_of
 from .spec import NetworkSpec
 
+logger = logging.getLogger("comfyui_braid.network")
 DEFAULT_EXCLUDE, EXCLUDE, INCLUDE = "default exclude", "exclude_patterns", "include_patterns"
 
 
@@ -55,7 +57,7 @@ class PatternCount:
         """What to do when nothing matches."""
         if self.near:
             wider = f".*{self.pattern}.*"
-            return f"a pattern must match the whole name: {wider!r} would match {self.near}"
+            return f"a pattern must match the whole name: '{wider}' would match {self.near}"
         return "no layer name contains it"
 
 
@@ -86,7 +88,7 @@ class TargetReport:
     def warnings(self) -> tuple[str, ...]:
         """One sentence for each pattern of the user's that matches nothing."""
         return tuple(
-            f"{count.origin}: {count.pattern!r} matches no layer; {count.advice}"
+            f"{count.origin}: '{count.pattern}' matches no layer; {count.advice}"
             for count in self.patterns
             if not count.matches and count.origin != DEFAULT_EXCLUDE
         )
@@ -110,6 +112,10 @@ def select_targets(model: nn.Module, spec: NetworkSpec, architecture: Architectu
         candidates=candidates,
         patterns=rules.counts(asked),
     )
+    if spec.verbose:
+        for candidate in candidates:
+            verb = "adapted" if candidate.selected else "skipped"
+            logger.info("%s %s: %s", verb, candidate.name, candidate.reason)
     if not report.selected:
         raise ValueError(_nothing_selected(report, asked))
     return report
@@ -191,7 +197,7 @@ class _Rules:
         """Origin and pattern of the first one of these origins that matches, or ""."""
         for origin, pattern in self.patterns:
             if origin in origins and pattern.fullmatch(name):
-                return f"{origin} {pattern.pattern!r}"
+                return f"{origin} '{pattern.pattern}'"
         return ""
 
 
@@ -210,10 +216,10 @@ def _nothing_selected(report: TargetReport, asked: list[str]) -> str:
     if not asked:
         return (
             f"no layer to adapt: this model, taken for {report.architecture.title}, has no Linear "
-            f"named like {report.architecture.layers!r}; set target_mode whitelist and name the "
+            f"named like '{report.architecture.layers}'; set target_mode whitelist and name the "
             "layers in include_patterns"
         )
-    near = [f"{c.origin} {c.pattern!r}: {c.advice}" for c in report.patterns if not c.matches]
+    near = [f"{c.origin} '{c.pattern}': {c.advice}" for c in report.patterns if not c.matches]
     hint = "; ".join(near) or "the excludes match all of them; add include_patterns"
     return (
         f"no layer to adapt: the patterns leave none of {len(asked)} layers such as {asked[0]!r}; "

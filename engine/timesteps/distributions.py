@@ -1,8 +1,8 @@
 """Laws of the noise level t in [0, 1] (1 = pure noise), each with quantile, CDF and density.
 
-Everything musubi-tuner can draw is a uniform law, a logit-normal law (Esser et al. 2024,
-arXiv:2403.03206, eq. 19), SD3's mode law (eq. 20) or a mixture of them, squeezed into a range
-or truncated to it. All maths is vectorised float64.
+Everything musubi-tuner can draw is a uniform law, the logit-normal or the mode law of SD3 (Esser et
+al. 2024, arXiv:2403.03206, section 3.1) or a mixture of them, squeezed into a range or truncated to
+it. All maths is vectorised float64.
 """
 
 import math

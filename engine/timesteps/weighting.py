@@ -16,12 +16,12 @@ def constant(t: Tensor) -> Tensor:
 
 
 def sigma_sqrt(t: Tensor) -> Tensor:
-    """sigma^-2 (Karras et al. 2022, arXiv:2206.00364, table 1, for unit data variance)."""
+    """sigma^-2, under the name that diffusers and musubi-tuner give it."""
     return t.clamp(min=SMALLEST_SIGMA) ** -2
 
 
 def cosmap(t: Tensor) -> Tensor:
-    """2 / (pi (1 - 2 sigma + 2 sigma^2)) (Esser et al. 2024, arXiv:2403.03206, eq. 21)."""
+    """2 / (pi (1 - 2 sigma + 2 sigma^2)) (Esser et al. 2024, arXiv:2403.03206, section 3.1)."""
     return 2.0 / (math.pi * (1.0 - 2.0 * t + 2.0 * t * t))
 
 

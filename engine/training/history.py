@@ -25,6 +25,8 @@ class StepRecord:
     """Noise level t of each sample."""
     sample_losses: tuple[float, ...]
     """Unweighted loss of each sample, in the same order."""
+    weight_norms: tuple[float, ...] = ()
+    """With scale_weight_norms: layers scaled down, mean and largest norm afterwards."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,9 +51,14 @@ class LossHistory:
         return [record.loss for record in self.records]
 
     def average(self, window: int) -> float:
-        """Mean loss of the last `window` steps; NaN before the first."""
-        last = self.losses[-window:]
-        return sum(last) / len(last) if last else math.nan
+        """Mean loss of the last `window` steps, those that diverged left out; NaN without any."""
+        return self.average_until(len(self.records), window)
+
+    def average_until(self, count: int, window: int) -> float:
+        """The same, when only the first `count` steps had been done."""
+        last = [record.loss for record in self.records[max(0, count - window) : count]]
+        finite = [loss for loss in last if math.isfinite(loss)]
+        return sum(finite) / len(finite) if finite else math.nan
 
     def loss_map(self) -> dict[str, Any]:
         """Core's LOSS_MAP ("loss", one per step), the drawn timesteps and their losses added."""
@@ -70,6 +77,7 @@ class LossHistory:
         return {
             "records": _table([(r.step, r.loss, r.gradient_norm) for r in self.records], 3),
             "learning_rates": _table([r.learning_rates for r in self.records], None),
+            "weight_norms": _table([r.weight_norms for r in self.records], None),
             "sample_counts": torch.tensor(counts, dtype=torch.int64),
             "samples": _table(
                 [
@@ -93,9 +101,14 @@ class LossHistory:
                 learning_rates=tuple(rates),
                 timesteps=tuple(mine[:, 0].tolist()),
                 sample_losses=tuple(mine[:, 1].tolist()),
+                weight_norms=tuple(norms),
             )
-            for (step, loss, norm), rates, mine in zip(
-                state["records"].tolist(), state["learning_rates"].tolist(), samples, strict=True
+            for (step, loss, norm), rates, norms, mine in zip(
+                state["records"].tolist(),
+                state["learning_rates"].tolist(),
+                state["weight_norms"].tolist(),
+                samples,
+                strict=True,
             )
         ]
         validations = [

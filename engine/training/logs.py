@@ -1,20 +1,23 @@
 """Figures of a run in TensorBoard and W&B, under musubi-tuner's names and folders."""
 
 import logging
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol
 
 import numpy as np
 
 from .history import StepRecord, ValidationRecord
-from .loop import TrainingRun, TrainingStep
+from .loop import TrainingRun
 from .options import TrainingLog
 
 logger = logging.getLogger("comfyui_braid.training")
 
 HISTOGRAM_EVERY_STEPS = 50
+WEIGHT_NORM_TAGS = ("max_norm/keys_scaled", "max_norm/average_key_norm", "max_norm/max_key_norm")
 
 
 class Tracker(Protocol):
@@ -27,80 +30,103 @@ class Tracker(Protocol):
 
 
 class TrainingLogs:
-    """Turns a run's records into scalars, once per optimizer step."""
+    """Turns what is new in a run's history into scalars, once per optimizer step."""
 
-    def __init__(self, trackers: list[Tracker], group_names: tuple[str, ...]) -> None:
+    def __init__(self, trackers: list[Tracker], run: TrainingRun) -> None:
+        """Records that `run` already has, from before a resume, are not logged again."""
         self._trackers = trackers
-        self._group_names = group_names
+        self._run = run
+        self._logged = len(run.history.records)
+        self._validated = len(run.history.validations)
         self._timesteps: list[float] = []
 
-    def record_step(self, step: TrainingStep, run: TrainingRun) -> None:
-        """Log what became readable with this step."""
-        adapted = run.optimization.adapted_learning_rates()
-        for record in step.records:
-            average = _average_until(run, record)
-            self._scalars(step_scalars(record, average, self._group_names, adapted), record.step)
-            if record.step % run.steps_per_epoch == 0:
-                self._scalars({"loss/epoch": average}, record.step)
-            self._log_timesteps(record)
-
-    def record_validation(self, record: ValidationRecord) -> None:
-        bins = {f"loss/validation_bin/{i}": loss for i, loss in enumerate(record.bins)}
-        self._scalars({"loss/validation": record.loss, **bins}, record.step)
+    def record(self) -> None:
+        """Log every record and validation that came since the last call, in order of steps."""
+        history = self._run.history
+        for record in history.records[self._logged :]:
+            self._logged += 1
+            self._log_step(record)
+        for validation in history.validations[self._validated :]:
+            self._log_validation(validation)
+        self._validated = len(history.validations)
 
     def record_image(self, tag: str, picture: np.ndarray, step: int) -> None:
         """picture: (H, W, 3) in [0, 1]."""
-        for tracker in self._trackers:
-            tracker.image(tag, picture, step)
+        self._run.read_records()
+        self.record()  # W&B drops steps that come after a later one
+        self._tell(lambda tracker: tracker.image(tag, picture, step))
 
     def close(self) -> None:
-        for tracker in self._trackers:
-            tracker.close()
+        try:
+            self.record()
+        finally:
+            self._tell(lambda tracker: tracker.close())
+
+    def _log_step(self, record: StepRecord) -> None:
+        run = self._run
+        average = run.history.average_until(self._logged, run.steps_per_epoch)
+        rates = zip(run.optimization.group_names, record.learning_rates, strict=True)
+        adapted = run.optimization.adapted_learning_rates()
+        values = step_scalars(record, average, dict(rates), adapted)
+        if run.epoch_after(record.step) > run.epoch_after(record.step - 1):
+            values["loss/epoch"] = average
+        self._scalars(values, record.step)
+        self._log_timesteps(record)
+
+    def _log_validation(self, record: ValidationRecord) -> None:
+        measured = [(i, loss) for i, loss in enumerate(record.bins) if not math.isnan(loss)]
+        bins = {f"loss/validation_bin/{i}": loss for i, loss in measured}
+        self._scalars({"loss/validation": record.loss, **bins}, record.step)
 
     def _scalars(self, values: Mapping[str, float], step: int) -> None:
-        for tracker in self._trackers:
-            tracker.scalars(values, step)
+        self._tell(lambda tracker: tracker.scalars(values, step))
 
     def _log_timesteps(self, record: StepRecord) -> None:
         self._timesteps += record.timesteps
         if record.step % HISTOGRAM_EVERY_STEPS == 0:
-            for tracker in self._trackers:
-                tracker.histogram("timesteps", np.asarray(self._timesteps), record.step)
+            drawn = np.asarray(self._timesteps)
+            self._tell(lambda tracker: tracker.histogram("timesteps", drawn, record.step))
             self._timesteps.clear()
 
-
-def _average_until(run: TrainingRun, record: StepRecord) -> float:
-    """Mean loss over the last epoch of steps up to `record`, as musubi's loss/average."""
-    losses = run.history.losses[: record.step]
-    window = losses[-run.steps_per_epoch :]
-    return sum(window) / len(window)
+    def _tell(self, act: Callable[[Tracker], None]) -> None:
+        """Tell every tracker; one that cannot write any more is left out from then on."""
+        for tracker in tuple(self._trackers):
+            try:
+                act(tracker)
+            except OSError as error:
+                logger.warning("logging stops here, training goes on (%s)", error)
+                self._trackers.remove(tracker)
 
 
 def step_scalars(
     record: StepRecord,
     average: float,
-    group_names: tuple[str, ...],
+    rates: Mapping[str, float],
     adapted: Mapping[str, float],
 ) -> dict[str, float]:
-    """The scalars of one optimizer step: musubi's tags, and the gradient norm."""
-    rates = zip(group_names, record.learning_rates, strict=True)
+    """The scalars of one optimizer step: musubi's tags, and the gradient norm.
+
+    `average`: mean loss of the last epoch; `rates` and `adapted` (Prodigy's d * lr): by group.
+    """
     return {
         "loss/current": record.loss,
         "loss/average": average,
-        **{f"lr/{name}": rate for name, rate in rates},
+        **{f"lr/{name}": rate for name, rate in rates.items()},
         **{f"lr/d*lr/{name}": rate for name, rate in adapted.items()},
+        **dict(zip(WEIGHT_NORM_TAGS, record.weight_norms, strict=False)),
         "grad_norm": record.gradient_norm,
     }
 
 
-def open_logs(
-    log: TrainingLog, config: Mapping[str, Any], group_names: tuple[str, ...]
-) -> TrainingLogs:
-    """Open the trackers that `log` asks for; ValueError with the pip command if one is missing."""
+def open_logs(log: TrainingLog, config: Mapping[str, Any], run: TrainingRun) -> TrainingLogs:
+    """Open the trackers that `log` asks for; ValueError with the pip command if one is missing.
+
+    `config` goes with the run and may be uploaded: it must hold no path and no secret.
+    """
     folder = log.logging_dir / f"{log.log_prefix}{time.strftime('%Y%m%d%H%M%S')}"
     openers = {"tensorboard": _TensorBoard, "wandb": _WandB}
     wanted = openers if log.log_with == "all" else {log.log_with: openers[log.log_with]}
-    return TrainingLogs([open_(log, folder, config) for open_ in wanted.values()], group_names)
+    return TrainingLogs([open_(log, folder, config) for open_ in wanted.values()], run)
 
 
 class _TensorBoard:
@@ -139,6 +165,7 @@ class _WandB:
                 "log_with wandb needs the package wandb, which is not installed here: "
                 "pip install wandb"
             ) from error
+        _refuse_without_login(wandb)
         folder.mkdir(parents=True, exist_ok=True)
         self._wandb = wandb
         self._run = wandb.init(
@@ -147,6 +174,13 @@ class _WandB:
             dir=str(folder),
             config=dict(config),
             reinit="create_new",
+            settings=wandb.Settings(
+                console="off",  # the host's console is not ours to send
+                disable_git=True,
+                disable_code=True,
+                x_disable_meta=True,  # paths, command line and user name
+                x_disable_machine_info=True,
+            ),
         )
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
@@ -160,3 +194,18 @@ class _WandB:
 
     def close(self) -> None:
         self._run.finish()
+
+
+def _refuse_without_login(wandb: ModuleType) -> None:
+    """ValueError rather than a question on a console that nobody sees."""
+    if wandb.setup().settings.mode in ("offline", "dryrun", "disabled"):
+        return
+    try:
+        logged_in = wandb.login(timeout=1)
+    except wandb.Error:
+        logged_in = False
+    if not logged_in:
+        raise ValueError(
+            "log_with wandb: this machine is not logged in to W&B; run `wandb login` in a "
+            "terminal, or start ComfyUI with WANDB_MODE=offline"
+        )

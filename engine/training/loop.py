@@ -3,6 +3,7 @@
 import contextlib
 import math
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,10 +22,12 @@ from .seeds import derived_seed, torch_generator
 
 READ_EVERY_ON_DEVICE = 10
 """Steps between two reads of the losses from an accelerator; each read is a host sync."""
+SPEED_WINDOW = 50
+"""Steps over which the speed is averaged."""
 
 
 class TrainingDiverged(RuntimeError):
-    """The loss is no longer a number; the network still holds its last finite weights."""
+    """The loss is no longer a number; the network still holds finite weights."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,8 +36,6 @@ class TrainingStep:
 
     step: int
     """Steps done, from 1."""
-    records: tuple[StepRecord, ...]
-    """Records that became readable; on an accelerator they arrive several at a time."""
     seconds: float
     """Wall time of this step."""
 
@@ -44,11 +45,10 @@ class _Pending:
     """The figures of a step that may still be on the device."""
 
     step: int
-    loss: Tensor
-    gradient_norm: Tensor
     learning_rates: tuple[float, ...]
     timesteps: list[float]
-    sample_losses: list[Tensor]
+    figures: Tensor
+    """Loss, gradient norm, the loss of each sample, then the weight norms if they are limited."""
 
 
 class TrainingRun:
@@ -78,6 +78,10 @@ class TrainingRun:
         self._scaler = torch.amp.GradScaler(device.type, enabled=plan.mixed_precision == "fp16")
         self._pending: list[_Pending] = []
         self._timesteps_after_step = timesteps.state_dict()
+        self._epoch_batches: tuple[int, list[list[int]]] = (-1, [])
+        self._durations: deque[float] = deque(maxlen=SPEED_WINDOW)
+        self.first_step_seconds = math.nan
+        """Of this session; compiling and warming up happen in it."""
 
     @property
     def batches_per_epoch(self) -> int:
@@ -85,40 +89,54 @@ class TrainingRun:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps that see about one epoch, at least 1."""
-        return max(1, self.batches_per_epoch // self.plan.gradient_accumulation_steps)
+        """Optimizer steps in which every item has been seen, as musubi-tuner counts them."""
+        return -(-self.batches_per_epoch // self.plan.gradient_accumulation_steps)
 
     @property
     def epoch(self) -> int:
         """Whole passes over the data that are done."""
-        return self.step * self.plan.gradient_accumulation_steps // self.batches_per_epoch
+        return self.epoch_after(self.step)
+
+    def epoch_after(self, step: int) -> int:
+        """Whole passes over the data that are done after `step` steps."""
+        return step * self.plan.gradient_accumulation_steps // self.batches_per_epoch
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Mean of the last steps of this session without its first; that of the first before."""
+        if not self._durations:
+            return self.first_step_seconds
+        return sum(self._durations) / len(self._durations)
 
     def steps(self) -> Iterator[TrainingStep]:
-        """Train until `plan.steps`; may be left and entered again at any step."""
+        """Train until `plan.steps`; may be left and entered again, after an error in a step too."""
         self.network.train()
+        self.timesteps.load_state_dict(self._timesteps_after_step)
+        self.optimization.optimizer.zero_grad(set_to_none=True)
         while self.step < self.plan.steps:
             started = time.perf_counter()
             self._pending.append(self._train_one_step())
             self.step += 1
             self._timesteps_after_step = self.timesteps.state_dict()
-            due = self.step % self._read_every == 0 or self.step == self.plan.steps
-            records = self.read_records() if due else ()
-            yield TrainingStep(
-                step=self.step, records=records, seconds=time.perf_counter() - started
-            )
+            if self.step % self._read_every == 0 or self.step == self.plan.steps:
+                self.read_records()
+            seconds = self._timed(time.perf_counter() - started)
+            yield TrainingStep(step=self.step, seconds=seconds)
 
-    def read_records(self) -> tuple[StepRecord, ...]:
+    def read_records(self) -> None:
         """Move pending figures into the history; TrainingDiverged when a loss is not finite."""
-        records = tuple(_read(pending) for pending in self._pending)
+        records = _read(self._pending)
         self._pending.clear()
+        self.history.records += records
         for record in records:
-            if not math.isfinite(record.loss):
-                raise TrainingDiverged(
-                    f"the loss became {record.loss} at step {record.step}; the run stops with the "
-                    "weights from before it: lower learning_rate, or train in bf16 instead of fp16"
-                )
-            self.history.records.append(record)
-        return records
+            _refuse_if_diverged(record.loss, record.step)
+
+    def _timed(self, seconds: float) -> float:
+        if math.isnan(self.first_step_seconds):
+            self.first_step_seconds = seconds
+        else:
+            self._durations.append(seconds)
+        return seconds
 
     def _train_one_step(self) -> _Pending:
         accumulation = self.plan.gradient_accumulation_steps
@@ -128,14 +146,15 @@ class TrainingRun:
             losses.append(loss)
             timesteps += t.tolist()
             per_sample.append(samples)
-        norm = self._update()
+        loss = torch.stack(losses).mean()
+        if self._read_every == 1:  # reading costs nothing here, so the bad step is never made
+            _refuse_if_diverged(float(loss), self.step + 1)
+        norm, weight_norms = self._update()
         return _Pending(
             step=self.step + 1,
-            loss=torch.stack(losses).mean(),
-            gradient_norm=norm,
             learning_rates=self.optimization.last_learning_rates,
             timesteps=timesteps,
-            sample_losses=per_sample,
+            figures=torch.cat([torch.stack([loss, norm]), *per_sample, *weight_norms]),
         )
 
     def _backward(self, micro_step: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -164,9 +183,12 @@ class TrainingRun:
 
     def _batch(self, micro_step: int) -> list[int]:
         epoch, index = divmod(micro_step, self.batches_per_epoch)
-        return self.dataset.batches(
-            seed=self.plan.seed, epoch=epoch, batch_size=self.plan.batch_size
-        )[index]
+        if self._epoch_batches[0] != epoch:
+            batches = self.dataset.batches(
+                seed=self.plan.seed, epoch=epoch, batch_size=self.plan.batch_size
+            )
+            self._epoch_batches = (epoch, batches)
+        return self._epoch_batches[1][index]
 
     @contextlib.contextmanager
     def _dropout_seeded(self, micro_step: int) -> Iterator[None]:
@@ -175,8 +197,11 @@ class TrainingRun:
             torch.manual_seed(derived_seed(self.plan.seed, "dropout", micro_step))
             yield
 
-    def _update(self) -> Tensor:
-        """Clip, step the optimizer, advance the schedule; returns the gradient norm."""
+    def _update(self) -> tuple[Tensor, list[Tensor]]:
+        """Clip, step the optimizer, advance the schedule, limit the weights.
+
+        Returns the gradient norm and, where weights are limited, one tensor of their three figures.
+        """
         optimizer = self.optimization.optimizer
         parameters = [p for p in self.network.parameters() if p.grad is not None]
         self._scaler.unscale_(optimizer)
@@ -188,9 +213,11 @@ class TrainingRun:
         self._scaler.update()
         self.optimization.advance()
         optimizer.zero_grad(set_to_none=True)
-        if self.plan.scale_weight_norms:
-            scale_weight_norms(self.network, self.plan.scale_weight_norms)
-        return norm
+        if not self.plan.scale_weight_norms:
+            return norm, []
+        limited = scale_weight_norms(self.network, self.plan.scale_weight_norms)
+        figures = [limited.scaled.float(), limited.norms.mean(), limited.norms.max()]
+        return norm, [torch.stack(figures)]
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs beside the plan and the data; nested dicts of JSON and tensors.
@@ -219,15 +246,35 @@ class TrainingRun:
         self.step = int(state["step"])
 
 
-def _read(pending: _Pending) -> StepRecord:
-    return StepRecord(
-        step=pending.step,
-        loss=float(pending.loss),
-        gradient_norm=float(pending.gradient_norm),
-        learning_rates=pending.learning_rates,
-        timesteps=tuple(pending.timesteps),
-        sample_losses=tuple(torch.cat(pending.sample_losses).tolist()),
-    )
+def _read(pending: list[_Pending]) -> list[StepRecord]:
+    """Records of all pending steps, in one transfer."""
+    if not pending:
+        return []
+    figures = torch.cat([step.figures for step in pending]).cpu()
+    records = []
+    for step, mine in zip(pending, figures.split([len(p.figures) for p in pending]), strict=True):
+        loss, norm, *rest = mine.tolist()
+        samples = len(step.timesteps)
+        records.append(
+            StepRecord(
+                step=step.step,
+                loss=loss,
+                gradient_norm=norm,
+                learning_rates=step.learning_rates,
+                timesteps=tuple(step.timesteps),
+                sample_losses=tuple(rest[:samples]),
+                weight_norms=tuple(rest[samples:]),
+            )
+        )
+    return records
+
+
+def _refuse_if_diverged(loss: float, step: int) -> None:
+    if not math.isfinite(loss):
+        raise TrainingDiverged(
+            f"the loss became {loss} at step {step}; the run stops with its last finite weights: "
+            "lower learning_rate, or train in bf16 instead of fp16"
+        )
 
 
 def _drop_if_not_finite(parameters: list[nn.Parameter], norm: Tensor) -> None:

@@ -1,10 +1,12 @@
 """OptimizerSpec: the optimizer and learning-rate schedule of a run, by name."""
 
+import contextlib
 import importlib
 import inspect
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ DEFAULT_ARGUMENTS: dict[str, dict[str, Any]] = {
     # with relative_step, its library default, Adafactor ignores the learning rate it is given
     "Adafactor": {"relative_step": False, "scale_parameter": False, "warmup_init": False},
 }
+SET_ELSEWHERE = {"lr": "learning_rate of Train LoRA", "params": "LoRA Network"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,6 +65,14 @@ class OptimizerSpec:
                 f"{self.optimizer_type} replaces the schedule; set lr_scheduler to constant "
                 f"(it is {self.lr_scheduler}) and give warmup_steps in optimizer_args instead"
             )
+        for name, place in SET_ELSEWHERE.items():
+            if name in self.optimizer_args:
+                raise ValueError(f"optimizer_args: {name} is set by {place}; take it out here")
+        if self.optimizer_args.get("relative_step"):
+            raise ValueError(
+                "optimizer_args: relative_step=True makes Adafactor ignore learning_rate and every "
+                "schedule; leave it out and set learning_rate"
+            )
 
     @property
     def class_name(self) -> str:
@@ -73,20 +84,8 @@ class OptimizerSpec:
 
     @property
     def finds_its_own_rate(self) -> bool:
-        """Prodigy, D-Adaptation and relative-step Adafactor set one rate for all parameters."""
-        relative = bool(self.optimizer_args.get("relative_step", False))
-        return (
-            self.class_name.startswith("dadapt")
-            or "prodigy" in self.class_name
-            or (self.class_name == "adafactor" and relative)
-        )
-
-    @property
-    def description(self) -> str:
-        """As musubi's metadata writes it: `torch.optim.AdamW(weight_decay=0.01)`."""
-        path = OPTIMIZERS.get(self.optimizer_type, self.optimizer_type)
-        arguments = ",".join(f"{k}={v}" for k, v in self.optimizer_args.items())
-        return f"{path}({arguments})" if arguments else path
+        """Prodigy and D-Adaptation find one rate for all parameters."""
+        return self.class_name.startswith("dadapt") or "prodigy" in self.class_name
 
     def warmup_steps(self, steps: int) -> int:
         """Warm-up in whole steps of a run of `steps`."""
@@ -106,6 +105,12 @@ class Optimization:
                 f"LoRA+ needs two learning rates, but {spec.optimizer_type} finds one rate for all "
                 "parameters by itself; set loraplus_lr_ratio to 0 or choose another optimizer"
             )
+        if spec.finds_its_own_rate and groups[0]["lr"] < 0.1:
+            logger.warning(
+                "%s multiplies the rate it finds by learning_rate, usually 1.0; here it is %g",
+                spec.optimizer_type,
+                groups[0]["lr"],
+            )
         self.spec = spec
         self.group_names = tuple(group["name"] for group in groups)
         self.optimizer = _build(spec, groups)
@@ -117,7 +122,15 @@ class Optimization:
             arguments=spec.lr_scheduler_args,
         )
         self.last_learning_rates = tuple(group["lr"] for group in self.optimizer.param_groups)
-        self.set_averaged(False)
+        if spec.is_schedule_free:
+            self.optimizer.train()
+
+    @property
+    def description(self) -> str:
+        """As musubi's metadata writes it: `torch.optim.adamw.AdamW(weight_decay=0.01)`."""
+        kind = type(self.optimizer)
+        arguments = ",".join(f"{k}={v}" for k, v in self.spec.optimizer_args.items())
+        return f"{kind.__module__}.{kind.__qualname__}" + (f"({arguments})" if arguments else "")
 
     def advance(self) -> None:
         """Note the rates the step was made with, then move the schedule on."""
@@ -132,10 +145,25 @@ class Optimization:
             if "d" in group
         }
 
-    def set_averaged(self, averaged: bool) -> None:
-        """Schedule-free optimizers keep an average: True shows it, for saving and sampling."""
-        if self.spec.is_schedule_free:
-            self.optimizer.eval() if averaged else self.optimizer.train()
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, a schedule-free optimizer shows its average, to be saved and sampled with.
+
+        Its own way back from there rounds; here every weight comes back as it was, bit for bit.
+        """
+        if not self.spec.is_schedule_free:
+            yield
+            return
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        trained = [parameter.detach().clone() for parameter in parameters]
+        self.optimizer.eval()
+        try:
+            yield
+        finally:
+            self.optimizer.train()
+            with torch.no_grad():
+                for parameter, value in zip(parameters, trained, strict=True):
+                    parameter.copy_(value)
 
     def state_dict(self) -> dict[str, Any]:
         return {"optimizer": self.optimizer.state_dict(), "schedule": self._schedule.state_dict()}
@@ -149,15 +177,9 @@ def find_optimizer_class(optimizer_type: str) -> type[torch.optim.Optimizer]:
     """The class of a short name, a name in torch.optim, or a dotted path."""
     path = OPTIMIZERS.get(optimizer_type, optimizer_type)
     module_name, _, class_name = (path if "." in path else f"torch.optim.{path}").rpartition(".")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        package = module_name.split(".")[0]
-        raise ValueError(
-            f"optimizer {optimizer_type} needs the package {package}, which is not installed here: "
-            f"pip install {package}"
-        ) from error
-    found = vars(module).get(class_name)
+    found = None
+    if all(part.isidentifier() for part in path.split(".")):
+        found = getattr(_module(optimizer_type, module_name), class_name, None)
     if not (inspect.isclass(found) and issubclass(found, torch.optim.Optimizer)):
         raise ValueError(
             f"optimizer_type {optimizer_type!r} is not an optimizer class; choose one of "
@@ -166,17 +188,28 @@ def find_optimizer_class(optimizer_type: str) -> type[torch.optim.Optimizer]:
     return found
 
 
+def _module(optimizer_type: str, name: str) -> ModuleType | None:
+    """The module called `name`; None when its package is there but it is not."""
+    package = name.split(".")[0]
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name == package:
+            raise ValueError(
+                f"optimizer {optimizer_type} needs the package {package}, which is not installed "
+                f"here: pip install {package}"
+            ) from error
+        return None
+    except ImportError as error:
+        raise ValueError(f"optimizer {optimizer_type} cannot be imported ({error})") from error
+
+
 def _build(spec: OptimizerSpec, groups: Sequence[Mapping[str, Any]]) -> torch.optim.Optimizer:
     found = find_optimizer_class(spec.optimizer_type)
     arguments = {**DEFAULT_ARGUMENTS.get(spec.optimizer_type, {}), **spec.optimizer_args}
-    rate: dict[str, Any] = {"lr": groups[0]["lr"]}
-    if arguments.get("relative_step"):
-        logger.warning("Adafactor with relative_step=True ignores learning_rate")
-        rate = {"lr": None}
-        groups = [{k: v for k, v in group.items() if k != "lr"} for group in groups]
     try:
-        return found([dict(group) for group in groups], **{**rate, **arguments})
-    except TypeError as error:
+        return found([dict(group) for group in groups], lr=groups[0]["lr"], **arguments)
+    except (TypeError, ValueError) as error:
         known = ", ".join(list(inspect.signature(found).parameters)[1:])
         raise ValueError(
             f"optimizer_args: {spec.optimizer_type} refuses {dict(spec.optimizer_args)} ({error}); "

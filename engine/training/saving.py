@@ -1,16 +1,23 @@
 """Where a run's files go, which of them are kept, and whether a saved state belongs to a run."""
 
+import glob
 import hashlib
+import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ..checkpoints import Checkpoint, Checkpoints
-from .dataset import Dataset
+from ..files import PARTIAL_SUFFIX
 from .loop import TrainingRun, TrainingStep
 from .options import Checkpointing
 from .state import STATE_SUFFIX, read_state, write_state
+
+logger = logging.getLogger("comfyui_braid.training")
 
 WriteAdapter = Callable[[Path, Mapping[str, str]], None]
 """Write the network to a path with extra metadata, whole or not at all."""
@@ -40,6 +47,7 @@ class Saver:
         self._extra_state = extra_state
         self._saved: dict[int, Path] = {}
         self._best: tuple[float, int] | None = None
+        self._final_step: int | None = None
 
     def is_due(self, step: int) -> bool:
         every = self.checkpointing.save_every_n_steps
@@ -57,21 +65,26 @@ class Saver:
 
     def save_state(self, run: TrainingRun) -> Path:
         path = self._adapter_path(run.step).with_suffix(STATE_SUFFIX)
-        run.optimization.set_averaged(False)
         state = {"identity": self.identity, "run": run.state_dict(), **self._extra_state()}
         write_state(path, state)
         return path
 
     def save_final(self, run: TrainingRun) -> Path:
-        """Save the finished adapter under the run's own name."""
+        """Save the finished adapter under the run's own name, and its state if asked for."""
         self._write(self.final, run)
+        self._final_step = run.step
         if self.checkpointing.save_state:
-            self.save_state(run)
+            try:
+                self.save_state(run)
+            except OSError as error:
+                logger.warning("the state of the finished run was not saved (%s)", error)
         return self.final
 
     def continued(self, run: TrainingRun) -> None:
         """After a resume: the checkpoints up to that step that are already in the folder."""
-        for path in self.folder.glob(f"{self.name}-step*.safetensors"):
+        for leftover in self.folder.glob(f".{glob.escape(self.name)}*{PARTIAL_SUFFIX}"):
+            leftover.unlink(missing_ok=True)  # of a killed process
+        for path in self.folder.glob(f"{glob.escape(self.name)}-step*.safetensors"):
             found = STEP_NAME.search(path.name)
             if found and int(found[1]) <= run.step:
                 self._saved[int(found[1])] = path
@@ -79,9 +92,13 @@ class Saver:
         self._best = min(scored, default=None)
 
     def checkpoints(self) -> Checkpoints:
-        """Every kept step checkpoint, oldest first."""
-        files = [Checkpoint(path=self._saved[step], step=step) for step in sorted(self._saved)]
-        return Checkpoints(files=tuple(files))
+        """Every kept step checkpoint, oldest first, and the final file if it is of another step."""
+        files = dict(self._saved)
+        if self._final_step is not None:
+            files.setdefault(self._final_step, self.final)
+        return Checkpoints(
+            files=tuple(Checkpoint(path=files[step], step=step) for step in sorted(files))
+        )
 
     def _adapter_path(self, step: int) -> Path:
         return self.folder / f"{self.name}-step{step:08d}.safetensors"
@@ -92,17 +109,14 @@ class Saver:
         if run.history.records:
             metadata["braid_loss"] = repr(run.history.average(run.steps_per_epoch))
         metadata |= self._validation_metadata(run)
-        run.optimization.set_averaged(True)
-        try:
+        with run.optimization.averaged():
             self._write_adapter(path, metadata)
-        finally:
-            run.optimization.set_averaged(False)
 
     def _validation_metadata(self, run: TrainingRun) -> dict[str, str]:
         if not run.history.validations or run.history.validations[-1].step != run.step:
             return {}
         loss = run.history.validations[-1].loss
-        if self._best is not None and loss >= self._best[0]:
+        if self._best is not None and loss >= self._best[0] and run.step != self._best[1]:
             return {VALIDATION_LOSS: repr(loss)}
         self._best = (loss, run.step)
         return {VALIDATION_LOSS: repr(loss), BEST: "true"}
@@ -121,10 +135,21 @@ class Saver:
 
 
 def saved(steps: Iterable[TrainingStep], run: TrainingRun, saver: Saver) -> Iterator[TrainingStep]:
-    """Pass the steps through and save whenever a checkpoint is due."""
+    """Pass the steps through and save whenever a checkpoint is due.
+
+    A checkpoint that cannot be written, such as on a full disk, is no reason to lose the run.
+    """
     for step in steps:
         if saver.is_due(step.step):
-            saver.save_step(run)
+            try:
+                saver.save_step(run)
+            except OSError as error:
+                logger.warning(
+                    "the checkpoint of step %d was not saved (%s); files saved before are whole, "
+                    "training goes on and tries again at the next one",
+                    step.step,
+                    error,
+                )
         yield step
 
 
@@ -149,21 +174,33 @@ def find_state(root: Path, output_name: str, resume: str) -> Path | None:
         if not path.is_file():
             raise ValueError(f"resume: there is no file {path}; choose a {STATE_SUFFIX} file")
         return path
-    name = Path(output_name).name
-    folders = (root / output_name).parent.glob(f"{name}*")
+    name = glob.escape(Path(output_name).name)
     states = [
         state
-        for folder in folders
-        if re.fullmatch(re.escape(name) + r"(_\d+)?", folder.name)
+        for folder in (root / output_name).parent.glob(f"{name}*")
+        if re.fullmatch(re.escape(Path(output_name).name) + r"(_\d+)?", folder.name)
         for state in folder.glob(f"{name}-step*{STATE_SUFFIX}")
     ]
     return max(states, key=lambda path: (path.parent.stat().st_mtime, path.name), default=None)
 
 
+def run_folder(root: Path, output_name: str, state_file: Path | None) -> Path:
+    """Where a run saves: beside the state it goes on from, if that is its own; else a free folder.
+
+    A state from elsewhere, or of another output_name, is only read.
+    """
+    name = Path(output_name).name
+    if state_file is not None and state_file.name.startswith(f"{name}-step"):
+        folder = state_file.parent.resolve()
+        if folder.is_relative_to(root.resolve()):
+            return folder
+    return free_folder(root, output_name)
+
+
 def resumed(run: TrainingRun, path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
     """Put the run where the state file `path` left it; returns the rest of that state.
 
-    ValueError, with nothing changed, when the state is damaged or of another network, data or plan.
+    ValueError when the state is damaged or of another network, data or plan.
     """
     state = read_state(path)
     for name, ours in identity.items():
@@ -178,14 +215,32 @@ def resumed(run: TrainingRun, path: Path, identity: Mapping[str, Any]) -> dict[s
             f"resume: {path.name} is already at step {int(state['run']['step'])} of "
             f"{run.plan.steps}; raise steps to train on"
         )
-    run.load_state_dict(state["run"])
+    try:
+        run.load_state_dict(state["run"])
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise ValueError(f"resume: {path.name} does not fit this run ({error})") from error
     return {key: value for key, value in state.items() if key not in ("identity", "run")}
 
 
-def dataset_fingerprint(dataset: Dataset) -> str:
-    """SHA-256 over the latents of every item, in order, and how items may be batched."""
+def fingerprint(value: Any) -> str:
+    """A short SHA-256 of nested lists and dicts of tensors, numbers and text."""
     digest = hashlib.sha256()
-    for item in dataset.items:
-        digest.update(repr((tuple(item.latents.shape), item.batch_key)).encode())
-        digest.update(item.latents.detach().cpu().float().contiguous().numpy().tobytes())
+    _feed(digest, value)
     return digest.hexdigest()[:16]
+
+
+def _feed(digest: Any, value: Any) -> None:
+    if isinstance(value, Tensor):
+        digest.update(repr((tuple(value.shape), value.dtype)).encode())
+        flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(flat.numpy())
+    elif isinstance(value, Mapping):
+        _feed(digest, sorted((str(key), part) for key, part in value.items()))
+    elif isinstance(value, (list, tuple)):
+        digest.update(f"[{len(value)}".encode())
+        for part in value:
+            _feed(digest, part)
+    elif value is None or isinstance(value, (bool, int, float, str)):
+        digest.update(repr(value).encode())
+    else:  # an object of the host, whose contents are its own affair
+        digest.update(type(value).__name__.encode())

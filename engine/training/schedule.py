@@ -1,7 +1,8 @@
 """Learning-rate schedules: transformers' own, and rex."""
 
 import functools
-from collections.abc import Mapping
+import inspect
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -50,16 +51,12 @@ def build_schedule(
     warmup_steps: int,
     arguments: Mapping[str, Any],
 ) -> LambdaLR:
-    """The schedule called `name` over `steps` optimizer steps."""
+    """The schedule called `name` over `steps` optimizer steps; ValueError for a wrong argument."""
     if name == "constant":
+        _refuse_unknown(name, arguments, ())
         return LambdaLR(optimizer, lambda step: 1.0)
     if name == "rex":
-        unknown = [key for key in arguments if key not in REX_ARGUMENTS]
-        if unknown:
-            raise ValueError(
-                f"lr_scheduler_args: rex does not know {', '.join(unknown)}; "
-                f"it takes {', '.join(REX_ARGUMENTS)}"
-            )
+        _refuse_unknown(name, arguments, REX_ARGUMENTS)
         factor = functools.partial(rex, steps=steps, warmup_steps=warmup_steps, **arguments)
         return LambdaLR(optimizer, factor)
     return _from_transformers(optimizer, name, steps, warmup_steps, dict(arguments))
@@ -73,26 +70,33 @@ def _from_transformers(
     arguments: dict[str, Any],
 ) -> LambdaLR:
     try:
-        from transformers import get_scheduler
+        from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
     except ImportError as error:
         raise ValueError(
             f"lr_scheduler {name} comes from the package transformers, which is not installed "
             "here: pip install transformers"
         ) from error
-    if name == "warmup_stable_decay":
+    build = {kind.value: function for kind, function in TYPE_TO_SCHEDULER_FUNCTION.items()}[name]
+    given = {
+        "optimizer": optimizer,
+        "num_warmup_steps": warmup_steps,
+        "num_training_steps": steps,
+    }
+    # called by name and not through get_scheduler, which drops what some of them take
+    takes = inspect.signature(build).parameters
+    _refuse_unknown(name, arguments, [key for key in takes if key not in (*given, "last_epoch")])
+    if name == "warmup_stable_decay" and "num_stable_steps" not in arguments:
         arguments.setdefault("num_decay_steps", max(1, steps // 5))
     if name == "cosine_with_min_lr" and not arguments.keys() & {"min_lr", "min_lr_rate"}:
-        arguments["min_lr_rate"] = arguments.pop("min_lr_ratio", 0.1)
+        arguments["min_lr_rate"] = 0.1
     try:
-        return get_scheduler(
-            name,
-            optimizer,
-            num_warmup_steps=warmup_steps,
-            num_training_steps=steps,
-            scheduler_specific_kwargs=arguments,
-        )
+        return build(**{k: v for k, v in given.items() if k in takes}, **arguments)
     except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"lr_scheduler_args: {name} refuses {arguments} ({error}); leave lr_scheduler_args "
-            "empty, or see transformers' page of that schedule"
-        ) from error
+        raise ValueError(f"lr_scheduler_args: {name} refuses {arguments} ({error})") from error
+
+
+def _refuse_unknown(name: str, arguments: Mapping[str, Any], known: Collection[str]) -> None:
+    for key in arguments:
+        if key not in known:
+            takes = f"it takes {', '.join(known)}" if known else "it takes no arguments"
+            raise ValueError(f"lr_scheduler_args: {name} does not know {key}; {takes}")

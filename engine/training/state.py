@@ -4,6 +4,7 @@ One file, renamed into place, cannot be half-written. Its ending keeps it out of
 """
 
 import json
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,19 @@ from torch import Tensor
 from ..files import read_header, write_safetensors
 
 STATE_SUFFIX = ".state"
-FORMAT = "braid training state 1"
+FORMAT = "braid training state 2"
 
 
 def write_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Write a nested state (dicts, lists, tensors, JSON scalars) to one file, or nothing."""
+    """Write a nested state (dicts, lists, tensors, JSON scalars) to one file, or nothing.
+
+    ValueError for anything else in it: it could only be saved by pickling.
+    """
     tensors: dict[str, Tensor] = {}
-    skeleton = _flatten(state, "", tensors)
-    write_safetensors(path, tensors, {"format": FORMAT, "state": json.dumps(skeleton)})
+    skeleton = json.dumps(_flatten(state, "", tensors))
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    checksum = _checksum(skeleton, tensors)
+    write_safetensors(path, tensors, {"format": FORMAT, "state": skeleton, "crc32": checksum})
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -33,11 +39,22 @@ def read_state(path: Path) -> dict[str, Any]:
     try:
         with safetensors.safe_open(path, "pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        if _checksum(metadata["state"], tensors) != metadata["crc32"]:
+            raise ValueError("its checksum does not fit its contents")
         return _rebuild(json.loads(metadata["state"]), tensors)
     except (KeyError, ValueError, safetensors.SafetensorError) as error:
         raise ValueError(
             f"{path}: the training state is damaged ({error}); resume from an earlier one"
         ) from error
+
+
+def _checksum(skeleton: str, tensors: Mapping[str, Tensor]) -> str:
+    """CRC-32 of everything in the file; a bit that flips on a disk changes it."""
+    checksum = zlib.crc32(skeleton.encode())
+    for key in sorted(tensors):
+        flat = tensors[key].reshape(-1).view(torch.uint8)
+        checksum = zlib.crc32(flat.numpy(), zlib.crc32(key.encode(), checksum))
+    return f"{checksum:08x}"
 
 
 def _flatten(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
@@ -51,9 +68,10 @@ def _flatten(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
         return {"list": [_flatten(v, f"{key}/{i}", tensors) for i, v in enumerate(value)]}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    if isinstance(value, torch.dtype):
-        return str(value)
-    raise TypeError(f"cannot save {key}: {type(value).__name__}")
+    raise ValueError(
+        f"the training state cannot be saved: {key.strip('/')} is a {type(value).__name__}; turn "
+        "save_state off, or choose an optimizer whose state is tensors and numbers"
+    )
 
 
 def _rebuild(value: Any, tensors: Mapping[str, Tensor]) -> Any:

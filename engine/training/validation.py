@@ -33,14 +33,12 @@ class Validator:
     def measure(self, run: TrainingRun) -> ValidationRecord:
         """The mean unweighted loss over all items and noise levels, dropout off."""
         run.network.eval()
-        run.optimization.set_averaged(True)
         try:
-            with torch.no_grad():
+            with run.optimization.averaged(), torch.no_grad():
                 pairs = [
                     pair for i, item in enumerate(self.items) for pair in self._losses(run, i, item)
                 ]
         finally:
-            run.optimization.set_averaged(False)
             run.network.train()
         return ValidationRecord(
             step=run.step,
@@ -86,5 +84,6 @@ def validated(
     """Pass the steps through; every n steps, and after the last, measure."""
     for step in steps:
         if step.step % validator.every_n_steps == 0 or step.step == run.plan.steps:
+            run.read_records()
             run.history.validations.append(validator.measure(run))
         yield step

@@ -58,18 +58,23 @@ def write_run(folder: Path, files: int, megabytes: int) -> list[Path]:
 
 
 def reference_recipe(paths: list[Path], betas: list[float], output: Path) -> None:
+    state, dtypes = {}, {}
     with safetensors.safe_open(paths[-1], framework="pt") as file:
         metadata = file.metadata() or {}
-    state = safetensors.torch.load_file(paths[0])
-    dtypes = {key: value.dtype for key, value in state.items()}
-    state = {key: value.float() for key, value in state.items()}
+    with safetensors.safe_open(paths[0], framework="pt") as file:
+        for key in file.keys():  # noqa: SIM118, safe_open is no mapping
+            value = file.get_tensor(key)
+            dtypes[key], state[key] = value.dtype, value.float()
     for path, beta in zip(paths[1:], betas, strict=True):
-        for key, value in safetensors.torch.load_file(path).items():
-            if key.endswith(".alpha"):
-                assert torch.allclose(state[key], value.float())
-            else:
-                state[key] = state[key] * beta + value.float() * (1 - beta)
-    state = {key: value.to(dtypes[key]) for key, value in state.items()}
+        with safetensors.safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118
+                value = file.get_tensor(key).float()
+                if key.endswith(".alpha"):
+                    assert torch.allclose(state[key], value)
+                else:
+                    state[key] = state[key] * beta + value * (1 - beta)
+    for key, dtype in dtypes.items():
+        state[key] = state[key].to(dtype)
     ss_metadata = {key: value for key, value in metadata.items() if key.startswith("ss_")}
     serialised = safetensors.torch.save(state, ss_metadata)
     header = 8 + int.from_bytes(serialised[:8], "little")

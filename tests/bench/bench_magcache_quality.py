@@ -9,6 +9,7 @@ latents, range 2.
 """
 
 import argparse
+import logging
 import platform
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ import comfy.sample  # noqa: E402
 import comfy.samplers  # noqa: E402
 import torch  # noqa: E402
 from comfy_extras.nodes_easycache import EasyCacheNode  # noqa: E402
+
 from comfyui_braid.engine.comfyui.magcache_calibrate import Calibrator  # noqa: E402
 from comfyui_braid.engine.comfyui.magcache_patch import (  # noqa: E402
     MagCachePatch,
@@ -93,10 +95,11 @@ def paper_rule(plan, sigmas, evaluations: int, interpolation: str) -> MagCacheRu
 def easycache(world: World, sampler: str, sigmas: torch.Tensor, evaluations: int):
     """EasyCache with at most `evaluations`, its threshold found by bisection; (samples, count)."""
     low, high, best = 0.0, 3.0, None
-    for _ in range(9):
+    for _ in range(7):
         threshold = (low + high) / 2
         counted = world.model.clone()
         calls = []
+        counted.add_wrapper_with_key("diffusion_model", "own input", _own_input)
         counted.add_wrapper_with_key("diffusion_model", "easycache_count", _counter(calls))
         node = EasyCacheNode.execute(counted, threshold, 0.1, 0.95, False)
         patched = node.args[0]
@@ -108,6 +111,11 @@ def easycache(world: World, sampler: str, sigmas: torch.Tensor, evaluations: int
         else:
             low = threshold
     return best
+
+
+def _own_input(executor, x, *args, **kwargs):
+    """EasyCache (0.33) adds to its input in place; in float32 that is the sampler's own latent."""
+    return executor(x.clone(), *args, **kwargs)
 
 
 def _counter(calls: list):
@@ -160,6 +168,7 @@ def main() -> None:
     parser.add_argument("--samplers", nargs="+", default=["euler", "dpmpp_2m"])
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
     print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, 1 thread")
     letters = [glyphs.LETTERS[i % len(glyphs.LETTERS)] for i in range(arguments.samples)]
     world = World(letters, seed=7)

@@ -2,11 +2,12 @@
 
 import comfy.sample
 import torch
+from tiny_models import conditioning, latent
+
 from comfyui_braid.engine.comfyui.magcache_calibrate import Calibrator
 from comfyui_braid.engine.comfyui.magcache_patch import MagCachePatch, MagCacheSettings
 from comfyui_braid.engine.magcache.plan import plan_from_ratios
 from comfyui_braid.engine.magcache.rules import MagCacheRule
-from tiny_models import conditioning, latent
 
 STEPS = 8
 

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from magcache_runs import STEPS, cached, calibrate, close, counting, ones, sample
+from tiny_models import MODELS, build
+
 from comfyui_braid.engine.comfyui.magcache_blocks import block_keys
 from comfyui_braid.engine.comfyui.playground import load_playground_model
 from comfyui_braid.engine.magcache.rules import MagCacheRule, PlannedRule
-from magcache_runs import STEPS, cached, calibrate, close, counting, ones, sample
-from tiny_models import MODELS, build
 
 HOOKED = ("flux", "flux_dev", "wan", "qwen_image", "hunyuan_video")
 EVERY = (*MODELS, "playground")

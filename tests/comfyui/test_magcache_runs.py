@@ -8,6 +8,10 @@ import torch
 from comfy.model_management import InterruptProcessingException
 from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_easycache import EasyCacheNode
+from magcache_runs import GREEDY, STEPS, cached, calibrate, close, counting, sample
+from tiny_models import build, conditioning, latent
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from comfyui_braid.engine.comfyui.magcache_calibrate import Calibrator
 from comfyui_braid.engine.comfyui.magcache_run import conditioning_keys
 from comfyui_braid.engine.comfyui.magcache_samplers import (
@@ -15,9 +19,6 @@ from comfyui_braid.engine.comfyui.magcache_samplers import (
     calls_follow_schedule,
 )
 from comfyui_braid.engine.magcache.rules import MagCacheRule, PlannedRule
-from magcache_runs import GREEDY, STEPS, cached, calibrate, close, counting, ones, sample
-from tiny_models import build, conditioning, latent
-from torch.utils._python_dispatch import TorchDispatchMode
 
 SKIPPED = (1, 2, 4, 5)
 
@@ -324,7 +325,7 @@ def test_a_compiled_model_sees_nothing_of_the_cache(model):
 
     patched, patch = cached(model)
     plain = sample(patched, "flux")
-    set_torch_compile_wrapper(patched, backend="eager", keys=["diffusion_model"])
+    set_torch_compile_wrapper(patched, backend="eager", keys=["diffusion_model.single_blocks.0"])
     assert close(sample(patched, "flux"), plain)
     assert patch.last_report.schedule.skipped == SKIPPED
 
@@ -394,5 +395,19 @@ def test_memory_stays_at_two_residuals_per_conditioning(model):
     assert "braid.magcache" not in patched.model_options["transformer_options"]
 
 
-def test_ones_is_what_the_names_of_this_file_say():
-    assert len(ones().curves[0].ratios) == STEPS
+@pytest.mark.parametrize("sampler", ["euler", "euler_ancestral"])
+def test_planned_runs_of_noisy_samplers_predict_the_denoised_latent(sampler, model):
+    runs = []
+
+    def outer(executor, *args, **kwargs):
+        runs.append(executor.class_obj.model_options["transformer_options"]["braid.magcache"])
+        return executor(*args, **kwargs)
+
+    plan, _ = calibrate(model, "flux", sampler=sampler)
+    for rule in (PlannedRule(speedup=2.0), GREEDY):
+        patched, patch = cached(model, plan, rule)
+        patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "test", outer)
+        assert torch.isfinite(sample(patched, "flux", sampler=sampler)).all()
+        assert patch.last_report.schedule.skipped
+    expected = "denoised" if sampler == "euler_ancestral" else "velocity"
+    assert [run.quantity for run in runs] == [expected, "velocity"]

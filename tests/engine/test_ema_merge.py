@@ -307,6 +307,13 @@ def test_a_header_that_lies_about_a_size_is_refused(tmp_path):
         average_of(checkpoints([path]), HALF, sort="given")
 
 
+def test_a_file_that_was_deleted_since_is_named(tmp_path):
+    paths = write_run(tmp_path, 2)
+    paths[0].unlink()
+    with pytest.raises(ValueError, match="step00000100.safetensors: is gone"):
+        average_of(checkpoints(paths, [100, 200]), HALF)
+
+
 def test_an_output_that_is_one_of_the_inputs_is_refused(tmp_path):
     paths = write_run(tmp_path, 2)
     before = paths[0].read_bytes()

@@ -53,7 +53,7 @@ def test_epochs_order_files_without_steps_and_the_name_wins_over_the_zero_based_
     save(tmp_path / "run.safetensors", adapter(), ss_epoch="8")
     order = trained_order(find_checkpoints(tmp_path).files)
     assert order.times == (2, 4, 6, 8) and order.unit == "epochs"
-    assert "epochs" in order.order_from
+    assert order.order_from == "epoch (name or metadata)"
 
 
 def test_a_file_that_does_not_say_when_is_named(tmp_path):

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from comfyui_braid.engine.magcache.plan import (
     Conditions,
     Curve,

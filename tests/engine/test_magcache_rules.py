@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from comfyui_braid.engine.magcache.curve import nearest_ratios
 from comfyui_braid.engine.magcache.plan import plan_from_ratios
 from comfyui_braid.engine.magcache.rules import MagCacheRule, accumulated_errors

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from comfyui_braid.engine.magcache.calibration import (
     ResidualRecorder,
     average_plans,

@@ -186,7 +186,7 @@ def test_dropouts_are_musubi_s_draw_for_draw(case):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_dropouts_leave_the_expected_delta_as_it_is(kind):
-    """Averaged over many draws; rank dropout of a LoHa masks two factors, so it is left out there."""
+    """Averaged over many draws; a LoHa's rank dropout masks two factors: left out there."""
     dropouts = {"neuron_dropout": 0.3} | ({"rank_dropout": 0.2} if kind == "lora" else {})
     built = adapter(kind, "linear", **dropouts)
     x = torch.randn(1, 12).expand(40000, 12)

@@ -304,6 +304,10 @@ def test_files_that_do_not_fit_are_refused_with_the_reason(state, sentence):
 
 
 def test_weights_of_another_shape_are_refused():
+    part = "transformer.layers.0.attention.to_k"
+    state = {f"{part}.lora_A.weight": torch.zeros(2, 8), f"{part}.lora_B.weight": torch.zeros(6, 2)}
+    with pytest.raises(ValueError, match="part 2 of .* has 6 rows in the file and 8 in the model"):
+        decoded(state, {"layers.0.attention.qkv": linear(24, 8)}, Z_IMAGE)
     network = network_for(Model(), FLUX)
     other = weights_of(network_for(Model(), FLUX, rank=3))
     with pytest.raises(ValueError, match=r"needs down \(2, 8\), up \(24, 2\), the file has down"):
@@ -430,7 +434,7 @@ def test_metadata_is_all_strings_and_has_musubi_s_fields():
     ],
 )
 def test_modelspec_is_musubi_s(golden, unet_config):
-    """Resolution only where musubi's is not the placeholder that it uses for video and image alike."""
+    """Resolution only where musubi's is not its placeholder for video and image alike."""
     metadata = adapter_metadata(
         NetworkSpec(), architecture_of(unet_config), title="T", created=datetime(2026, 1, 1)
     )

@@ -12,66 +12,17 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from training_runs import PLAN, assert_equal_states, make_run, train
 
-from comfyui_braid.engine.network.architectures import architecture_of
-from comfyui_braid.engine.network.attach import attached, build_network, parameter_groups
+from comfyui_braid.engine.network.attach import attached
 from comfyui_braid.engine.network.spec import NetworkSpec
-from comfyui_braid.engine.network.targets import select_targets
-from comfyui_braid.engine.playground.denoiser import PlaygroundDenoiser
-from comfyui_braid.engine.playground.glyphs import draw_dataset, encode, pictures_of
-from comfyui_braid.engine.playground.model import Flux, FluxShape
 from comfyui_braid.engine.timesteps.sampling import TimestepSampling
-from comfyui_braid.engine.timesteps.stream import TimestepStream
 from comfyui_braid.engine.training.dataset import Dataset, TrainingItem
-from comfyui_braid.engine.training.loop import TrainingDiverged, TrainingRun
-from comfyui_braid.engine.training.optimizer import Optimization, OptimizerSpec
-from comfyui_braid.engine.training.plan import TrainingPlan
-
-PLAN = TrainingPlan(steps=6, batch_size=2, learning_rate=1e-3, seed=7, mixed_precision="no")
-
-
-def make_run(plan=PLAN, spec=None, optimizer=None, sampling=None, dropout=0.1):
-    """(run, model): the same for the same arguments."""
-    torch.manual_seed(0)
-    model = Flux(FluxShape(depth=1, depth_single_blocks=1)).requires_grad_(False)
-    spec = spec or NetworkSpec(rank=4, alpha=4, neuron_dropout=dropout)
-    report = select_targets(model, spec, architecture_of({"image_model": "flux"}))
-    network = build_network(report.selected, spec, seed=plan.seed)
-    glyphs = draw_dataset(5, "outlined", seed=1)
-    items = [
-        TrainingItem(latents=latent, conditioning=g.caption, batch_key=latent.shape)
-        for latent, g in zip(encode(pictures_of(glyphs)), glyphs, strict=True)
-    ]
-    run = TrainingRun(
-        plan=plan,
-        dataset=Dataset(items),
-        denoiser=PlaygroundDenoiser(model),
-        network=network,
-        timesteps=TimestepStream(
-            sampling or TimestepSampling(mode="sigmoid", num_timestep_buckets=3), 5, plan.seed
-        ),
-        optimization=Optimization(
-            optimizer or OptimizerSpec(lr_scheduler="cosine", lr_warmup_steps=2),
-            parameter_groups(network, plan.learning_rate),
-            plan.steps,
-        ),
-        device=torch.device("cpu"),
-    )
-    return run, model
-
-
-def train(run, model, until=math.inf):
-    with attached(model, run.network):
-        for step in run.steps():
-            if step.step >= until:
-                break
-    return {k: v.clone() for k, v in run.network.state_dict().items()}
-
-
-def assert_equal_states(a, b):
-    assert a.keys() == b.keys()
-    for key in a:
-        assert torch.equal(a[key], b[key]), key
+from comfyui_braid.engine.training.loop import TrainingDiverged
+from comfyui_braid.engine.training.optimizer import OptimizerSpec
+from comfyui_braid.engine.training.saving import find_state, resumed
+from comfyui_braid.engine.training.state import read_state, write_state
 
 
 def test_two_runs_with_one_seed_give_the_same_bytes_and_another_seed_gives_others():
@@ -90,20 +41,109 @@ def test_the_random_state_of_the_host_is_left_alone():
     assert torch.equal(torch.rand(3), expected)
 
 
-@pytest.mark.parametrize("half", [1, 3, 5])
-def test_n_steps_plus_resume_equals_the_uninterrupted_run_bit_for_bit(half, tmp_path):
-    from comfyui_braid.engine.training.state import read_state, write_state
-
-    whole_run, model = make_run()
+def uninterrupted_and_resumed(tmp_path, half, make):
+    whole_run, model = make()
     whole = train(whole_run, model)
-    first, model = make_run()
+    first, model = make()
     train(first, model, until=half)
     write_state(tmp_path / "run.state", first.state_dict())
-    second, model = make_run()
+    second, model = make()
     second.load_state_dict(read_state(tmp_path / "run.state"))
     assert second.step == half
     assert_equal_states(train(second, model), whole)
-    assert second.history == whole_run.history
+    assert repr(second.history) == repr(whole_run.history)  # NaN equals NaN
+
+
+@pytest.mark.parametrize("half", [1, 3, 5])
+def test_n_steps_plus_resume_equals_the_uninterrupted_run_bit_for_bit(half, tmp_path):
+    uninterrupted_and_resumed(tmp_path, half, make_run)
+
+
+def test_a_resume_is_exact_with_accumulation_over_items_of_two_shapes(tmp_path):
+    plan = dataclasses.replace(PLAN, steps=5, gradient_accumulation_steps=2)
+    uninterrupted_and_resumed(tmp_path, 3, lambda: make_run(plan, tall=(1, 3)))
+
+
+def test_a_resume_is_exact_with_limited_weight_norms_which_the_history_keeps(tmp_path):
+    plan = dataclasses.replace(PLAN, steps=4, learning_rate=0.1, scale_weight_norms=0.05)
+    uninterrupted_and_resumed(tmp_path, 2, lambda: make_run(plan))
+    run, model = make_run(plan)
+    train(run, model)
+    scaled, mean, largest = run.history.records[-1].weight_norms
+    assert scaled > 0 and mean <= largest * 1.0001 <= 0.05 * 1.001
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        OptimizerSpec(optimizer_type="AdamWScheduleFree"),
+        OptimizerSpec(optimizer_type="Prodigy"),
+        OptimizerSpec(optimizer_type="Adafactor"),
+        OptimizerSpec(lr_scheduler="rex", lr_warmup_steps=2),
+    ],
+    ids=lambda spec: f"{spec.optimizer_type}-{spec.lr_scheduler}",
+)
+def test_a_resume_is_exact_with_every_kind_of_optimizer(optimizer, tmp_path):
+    if optimizer.optimizer_type in ("AdamWScheduleFree", "Prodigy"):
+        package = {"AdamWScheduleFree": "schedulefree", "Prodigy": "prodigyopt"}
+        pytest.importorskip(package[optimizer.optimizer_type])
+    rate = 1.0 if optimizer.optimizer_type == "Prodigy" else 1e-3
+    plan = dataclasses.replace(PLAN, steps=4, learning_rate=rate)
+    uninterrupted_and_resumed(tmp_path, 2, lambda: make_run(plan, optimizer=optimizer))
+
+
+def test_showing_the_average_of_a_schedule_free_optimizer_changes_nothing_that_follows():
+    pytest.importorskip("schedulefree")
+    optimizer = OptimizerSpec(optimizer_type="AdamWScheduleFree")
+    whole = train(*make_run(optimizer=optimizer))
+    run, model = make_run(optimizer=optimizer)
+    train(run, model, until=3)
+    trained = {k: v.clone() for k, v in run.network.state_dict().items()}
+    with run.optimization.averaged():
+        shown = {k: v.clone() for k, v in run.network.state_dict().items()}
+    assert not all(torch.equal(shown[k], trained[k]) for k in shown)
+    assert_equal_states({k: v for k, v in run.network.state_dict().items()}, trained)
+    assert_equal_states(train(run, model), whole)
+
+
+def test_fp16_scales_its_loss_skips_what_overflows_and_resumes_exactly(tmp_path):
+    plan = dataclasses.replace(PLAN, steps=5, mixed_precision="fp16")
+
+    def make():
+        run, model = make_run(plan)
+        first = next(run.network.parameters())
+        first.register_hook(lambda grad: grad * (math.inf if run.step == 1 else 1.0))
+        return run, model
+
+    run, model = make()
+    before = train(run, model, until=1)
+    scale = run._scaler.get_scale()
+    assert_equal_states(train(run, model, until=2), before)
+    assert run._scaler.get_scale() == scale / 2
+    assert math.isinf(run.history.records[1].gradient_norm) or math.isnan(
+        run.history.records[1].gradient_norm
+    )
+    trained = train(run, model)
+    assert not all(torch.equal(before[k], trained[k]) for k in before)
+    uninterrupted_and_resumed(tmp_path, 2, make)
+
+
+def test_a_step_that_was_broken_off_is_made_again_in_full():
+    whole = train(*make_run())
+    run, model = make_run()
+    predict, calls = run.denoiser.predict, []
+
+    def broken_once(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return predict(*args)
+
+    run.denoiser.predict = broken_once
+    with pytest.raises(KeyboardInterrupt):
+        train(run, model)
+    assert run.step == 2
+    assert_equal_states(train(run, model), whole)
 
 
 def test_loss_falls_and_every_step_has_one_record():
@@ -137,16 +177,76 @@ def test_items_of_different_shape_never_share_a_batch():
         assert all(len({items[i].batch_key for i in batch}) == 1 for batch in batches)
 
 
-def test_nan_loss_stops_the_run_with_finite_weights():
+def test_nan_loss_stops_the_run_with_the_weights_from_before_it():
     run, model = make_run()
-    whole = run.denoiser.target
-    run.denoiser.target = lambda latents, noise, t: (
-        whole(latents, noise, t) * (math.nan if run.step == 3 else 1.0)
-    )
+    whole, weights = run.denoiser.target, {}
+
+    def broken(latents, noise, t):
+        if run.step == 3:
+            weights.update({k: v.clone() for k, v in run.network.state_dict().items()})
+            return whole(latents, noise, t) * math.nan
+        return whole(latents, noise, t)
+
+    run.denoiser.target = broken
     with pytest.raises(TrainingDiverged, match="step 4"):
         train(run, model)
-    assert len(run.history.records) == 3
+    assert run.step == len(run.history.records) == 3
+    assert_equal_states(run.network.state_dict(), weights)
     assert all(torch.isfinite(p).all() for p in run.network.parameters())
+
+
+def test_where_losses_are_read_late_nan_never_reaches_the_weights():
+    """As on an accelerator: the NaN of step 2 is read after step 5, and every step has a record."""
+    plan = dataclasses.replace(PLAN, steps=8)
+    run, model = make_run(plan)
+    run._read_every = 5
+    whole = run.denoiser.target
+    run.denoiser.target = lambda latents, noise, t: (
+        whole(latents, noise, t) * (math.nan if run.step == 1 else 1.0)
+    )
+    with pytest.raises(TrainingDiverged, match="step 2"):
+        train(run, model)
+    assert run.step == len(run.history.records) == 5
+    assert all(torch.isfinite(p).all() for p in run.network.parameters())
+    assert math.isfinite(run.history.average(5))
+
+
+class CountSyncs(TorchDispatchMode):
+    """Counts what makes the host wait for an accelerator: reading one number, or a data size.
+
+    torch's Adam keeps its step counts on the CPU always, where reading them waits for nothing.
+    """
+
+    def __init__(self, optimizer):
+        super().__init__()
+        self.syncs = 0
+        self._counters = {state["step"].data_ptr() for state in optimizer.state.values()}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        waits = str(func).startswith(
+            ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select")
+        )
+        if waits and args[0].data_ptr() not in self._counters:
+            self.syncs += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("norms", [0.0, 0.05])
+def test_a_step_does_not_wait_for_the_device_between_two_reads_of_the_loss(norms):
+    plan = dataclasses.replace(PLAN, scale_weight_norms=norms)
+    run, model = make_run(plan, optimizer=OptimizerSpec(lr_scheduler="cosine"))
+    run._read_every = 10  # as on an accelerator
+    with attached(model, run.network):
+        steps = run.steps()
+        next(steps)
+        with CountSyncs(run.optimization.optimizer) as counted:
+            next(steps)
+            next(steps)
+            assert counted.syncs == 0
+            run.read_records()
+            float(next(run.network.parameters()).detach().sum())
+            assert counted.syncs == 1  # it does count
+    assert len(run.history.records) == 3
 
 
 def test_loraplus_steps_the_up_matrices_with_its_ratio():
@@ -173,7 +273,7 @@ KILLED = """
 import sys, pathlib
 sys.path[:0] = [{tests!r}, {engine_tests!r}]
 import conftest
-import test_training_loop as t
+import training_runs as t
 from comfyui_braid.engine.training.options import Checkpointing
 from comfyui_braid.engine.training.saving import Saver, saved
 from comfyui_braid.engine.network.attach import attached
@@ -181,8 +281,8 @@ import dataclasses, safetensors.torch
 from comfyui_braid.engine.files import write_safetensors
 run, model = t.make_run(dataclasses.replace(t.PLAN, steps=10**6))
 write = lambda path, metadata: write_safetensors(path, run.network.state_dict(), metadata)
-saver = Saver(pathlib.Path({folder!r}), "lora",
-              Checkpointing(save_every_n_steps=2, save_last_n=3, save_state=True), write, {{"seed": 7}})
+often = Checkpointing(save_every_n_steps=2, save_last_n=3, save_state=True)
+saver = Saver(pathlib.Path({folder!r}), "lora", often, write, {{"seed": 7}})
 with attached(model, run.network):
     for step in saved(run.steps(), run, saver):
         print(step.step, flush=True)
@@ -190,8 +290,6 @@ with attached(model, run.network):
 
 
 def test_a_killed_process_leaves_only_whole_files_and_can_be_resumed(tmp_path):
-    from comfyui_braid.engine.training.saving import find_state, resumed
-
     here = Path(__file__).resolve()
     code = KILLED.format(
         tests=str(here.parent.parent), engine_tests=str(here.parent), folder=str(tmp_path / "lora")

@@ -5,7 +5,7 @@
 import { COLOURS, label, path, svg, ticks } from "../live/svg.js";
 
 const MARGIN = { left: 40, right: 14, top: 52, bottom: 46 };
-const NARROW = 34; // pixels below which a bar's percentage has no room
+const ROOM = [[36, 1], [24, 0]]; // a bar of so many pixels has room for a percentage of so many decimals
 
 /**
  * @param {any} answer chart_json of nodes/ema.py
@@ -45,10 +45,10 @@ function title({ steps, sigma_rel, requested_sigma_rel }) {
 }
 
 function subtitle({ note, order_from, centre_of_mass, duplicates_left_out, earlier_files_left_out }) {
-  const parts = [`centre of mass ${centre_of_mass.toFixed(3)} of the run`];
+  const parts = [`centre of mass ${centre_of_mass.toFixed(3)} T`];
   parts.push(note || `order: ${order_from}`);
-  if (duplicates_left_out.length) parts.push(`${duplicates_left_out.length} duplicate left out`);
-  if (earlier_files_left_out) parts.push("earlier files left out");
+  if (duplicates_left_out.length) parts.push(`${duplicates_left_out.length} saved twice`);
+  if (earlier_files_left_out) parts.push("earlier left out");
   return parts.join(" · ");
 }
 
@@ -62,14 +62,14 @@ function legend({ ideal }) {
 function axes({ unit }, x, y, { top, end, floor }) {
   const line = (x1, y1, x2, y2) => svg("line", { x1, y1, x2, y2, stroke: COLOURS.grid });
   return [
-    ...ticks(top, 3).flatMap((value) => [
+    ...ticks(top, 4).flatMap((value) => [
       line(x(0), y(value), x(end), y(value)),
       label(x(0) - 5, y(value) + 3, String(+value.toPrecision(2)), { anchor: "end", size: 9 }),
     ]),
     ...ticks(end, 5).map((value) =>
       label(x(value), floor + 19, String(+value.toPrecision(4)), { anchor: "middle", size: 9 }),
     ),
-    label(x(end / 2), floor + 34, `training time (${unit})`, { anchor: "middle", size: 9.5 }),
+    label(x(end / 2), floor + 34, `training time (${unit}), T = ${end}`, { anchor: "middle", size: 9.5 }),
     svg("line", { x1: x(0), y1: floor, x2: x(end), y2: floor, stroke: COLOURS.faint }),
   ];
 }
@@ -88,7 +88,7 @@ function ideal({ ideal }, x, y, floor) {
 function bars({ weights, borders, files }, heights, x, y, floor) {
   return weights.flatMap((weight, index) => {
     const [left, right] = [x(borders[index]), x(borders[index + 1])];
-    const share = `${(100 * weight).toFixed(1)} %`;
+    const share = (decimals) => `${(100 * weight).toFixed(decimals)} %`;
     const bar = svg(
       "rect",
       {
@@ -100,11 +100,12 @@ function bars({ weights, borders, files }, heights, x, y, floor) {
         height: Math.max(0, floor - y(heights[index])),
         fill: COLOURS.bars,
       },
-      svg("title", {}, `${files[index]}: ${share}`),
+      svg("title", {}, `${files[index]}: ${share(2)}`),
     );
-    if (right - left < NARROW) return [bar];
+    const decimals = ROOM.find(([pixels]) => right - left >= pixels)?.[1];
+    if (decimals == null) return [bar];
     const at = [(left + right) / 2, y(heights[index]) - 4];
-    return [bar, label(at[0], at[1], share, { anchor: "middle", size: 9, fill: COLOURS.ink })];
+    return [bar, label(at[0], at[1], share(decimals), { anchor: "middle", size: 9, fill: COLOURS.ink })];
   });
 }
 

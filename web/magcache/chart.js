@@ -30,10 +30,10 @@ function title({ computed, steps, speedup }) {
   return `${computed} of ${steps} steps computed · ${speedup.toFixed(2)}× fewer evaluations`;
 }
 
-function subtitle({ name, rule, predict, error, predicted_rms }) {
+function subtitle({ name, rule, predict, total_error, predicted_rms }) {
   const how = rule === "planned" ? `planned, ${predict}` : "magcache, reuse";
   const expected = predicted_rms == null ? "" : ` · predicted error ${number(predicted_rms)} (latent RMS)`;
-  const gathered = rule === "planned" ? "" : ` · largest accumulated error ${number(error)}`;
+  const gathered = rule === "planned" ? "" : ` · largest accumulated error ${number(total_error)}`;
   return `${name} · ${how}${gathered}${expected}`;
 }
 

@@ -21,7 +21,7 @@ CALIBRATION_SEED, TEST_SEED = 100, 5
 def caching_section(model: Flux) -> Section:
     sigmas = torch.linspace(1, 0, STEPS + 1).tolist()
     recorder = ResidualRecorder(POSITIVE, channel_dim=1)
-    _denoise(model, sigmas, CALIBRATION_SEED, everything(sigmas), recorder)
+    _denoise(model, sigmas, CALIBRATION_SEED, recorder=recorder)
     plan = calibrated_plan(
         "playground",
         Conditions(steps=STEPS, sigmas=tuple(sigmas), model="Flux", measure="latent", cfg=CFG),
@@ -29,7 +29,7 @@ def caching_section(model: Flux) -> Section:
         [recorder],
         "make demo",
     )
-    full = _denoise(model, sigmas, TEST_SEED, everything(sigmas))
+    full = _denoise(model, sigmas, TEST_SEED)
     rows = [["evaluations of 50", "fewer steps", "MagCache's rule", "planned, extrapolated"]]
     pictures = []
     for speedup in (2.0, 3.0):
@@ -39,7 +39,7 @@ def caching_section(model: Flux) -> Section:
         rows.append(
             [
                 f"{planned.computed} (rule: {rule.computed})",
-                decibel(_denoise(model, fewer, TEST_SEED, everything(fewer)), full),
+                decibel(_denoise(model, fewer, TEST_SEED), full),
                 decibel(_denoise(model, sigmas, TEST_SEED, rule), full),
                 decibel(_denoise(model, sigmas, TEST_SEED, planned), full),
             ]
@@ -56,18 +56,6 @@ def caching_section(model: Flux) -> Section:
     )
 
 
-def everything(sigmas: list[float]) -> Schedule:
-    """The schedule that skips nothing."""
-    return Schedule(
-        sigmas=tuple(sigmas),
-        skipped=(),
-        accumulated=(0.0,) * (len(sigmas) - 1),
-        error=0.0,
-        predicted_rms=None,
-        extrapolate=False,
-    )
-
-
 def _rule_with(plan: MagCachePlan, sigmas: list[float], evaluations: int) -> Schedule:
     """The paper's rule at the threshold that comes closest to `evaluations`."""
     schedules = [
@@ -81,15 +69,16 @@ def _denoise(
     model: Flux,
     sigmas: list[float],
     seed: int,
-    schedule: Schedule,
+    schedule: Schedule | None = None,
     recorder: ResidualRecorder | None = None,
 ) -> Tensor:
-    """Euler steps with guidance; a skipped step's guided velocity is predicted."""
+    """Euler steps with guidance; a step that `schedule` skips has its guided velocity predicted."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(len(LETTERS), 16, LATENT_SIZE, LATENT_SIZE, generator=generator)
     context, pooled = embed_letters(LETTERS)
     nothing, no_pooled = embed_letters([""] * len(LETTERS))
-    skipped, computed = set(schedule.skipped), []
+    skipped = set(schedule.skipped) if schedule else set()
+    computed: list[tuple[float, Tensor]] = []
     for step, (sigma, following) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
         if step in skipped:
             velocity = predicted(computed, sigma, schedule.extrapolate)
