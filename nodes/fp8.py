@@ -30,8 +30,8 @@ class BraidFp8Loader(io.ComfyNode):
             display_name="Load Diffusion Model (FP8 Scaled)",
             category=FP8,
             description=(
-                "Reads a bf16, fp16 or fp32 diffusion model and holds its block weights in FP8 with "
-                "scales: half the memory of bf16 and nearly its picture. LoRAs work on it."
+                "Reads a bf16, fp16 or fp32 diffusion model and holds its block weights in FP8 "
+                "with scales: half the memory of bf16 and nearly its picture. LoRAs work on it."
             ),
             search_aliases=["fp8_scaled", "fp8 quantize", "musubi fp8", "UNETLoader fp8"],
             inputs=[
@@ -39,8 +39,8 @@ class BraidFp8Loader(io.ComfyNode):
                     "unet_name",
                     options=[*folder_paths.get_filename_list("diffusion_models"), PLAYGROUND],
                     tooltip="The model file: .safetensors in fp32, fp16 or bf16. Shards "
-                    "(-00001-of-00004) are found by any one of them; full checkpoints work too. A file "
-                    "that is FP8 already is loaded as it is.",
+                    "(-00001-of-00004) are found by any one of them; full checkpoints work too. A "
+                    "file that is FP8 already is loaded as it is.",
                 ),
                 io.DynamicCombo.Input(
                     "granularity",
@@ -54,9 +54,10 @@ class BraidFp8Loader(io.ComfyNode):
                                     min=8,
                                     max=1024,
                                     step=8,
-                                    tooltip="Inputs that share one scale (8 to 1024). Smaller is more "
-                                    "exact and larger in memory: 64 adds 6 % to the FP8 size. A layer "
-                                    "whose width is no multiple of it gets one scale per channel.",
+                                    tooltip="Inputs that share one scale (8 to 1024). Smaller is "
+                                    "more exact and takes more memory: 64 adds 6 % to the FP8 "
+                                    "size. A layer whose width it does not divide gets one scale "
+                                    "per channel.",
                                 )
                             ],
                         ),
@@ -64,8 +65,8 @@ class BraidFp8Loader(io.ComfyNode):
                         io.DynamicCombo.Option("tensor", []),
                     ],
                     tooltip="Weights that share one scale. block: most exact, musubi-tuner's way. "
-                    "channel: one per output. tensor: one per layer; ComfyUI's own format, with its "
-                    "fast FP8 matmul on Ada and newer cards, readable by any ComfyUI.",
+                    "channel: one per output. tensor: one per layer; ComfyUI's own format, with "
+                    "its fast FP8 matmul on Ada and newer cards, readable by any ComfyUI.",
                 ),
                 io.Combo.Input(
                     "fp8_format",
@@ -79,25 +80,25 @@ class BraidFp8Loader(io.ComfyNode):
                     options=["amax", "mse"],
                     default="amax",
                     advanced=True,
-                    tooltip="amax: the largest weight becomes the largest code. mse: tries 21 scales per "
-                    "group and takes the one with the least squared error: 14 % less error with "
-                    "blocks, at no cost when the model runs, but loading takes many times longer.",
+                    tooltip="amax: the largest weight becomes the largest code. mse: tries 21 "
+                    "scales per group and takes the one with the least squared error: 14 % less "
+                    "error with blocks, free when the model runs, many times slower to load.",
                 ),
                 io.String.Input(
                     "include_patterns",
                     default="",
                     multiline=True,
                     advanced=True,
-                    tooltip="Regular expressions, one a line, found in a Linear's name: quantised in "
-                    "addition to the architecture's preset. Empty: the preset alone.",
+                    tooltip="Regular expressions, one a line, found in a Linear's name: quantised "
+                    "in addition to the architecture's preset. Empty: the preset alone.",
                 ),
                 io.String.Input(
                     "exclude_patterns",
                     default="",
                     multiline=True,
                     advanced=True,
-                    tooltip="Regular expressions, one a line: kept in the file's precision, whatever "
-                    "else says otherwise. The report names the layers that are worth it.",
+                    tooltip="Regular expressions, one a line: kept in the file's precision, "
+                    "whatever else says otherwise. The report names the layers that are worth it.",
                 ),
                 io.Combo.Input(
                     "lora_name",
@@ -124,8 +125,8 @@ class BraidFp8Loader(io.ComfyNode):
                 io.String.Output(
                     "report",
                     display_name="report",
-                    tooltip="JSON: per layer kept or quantised and why, relative RMS error in % and dB, "
-                    "bytes before and after; layers worth exempting.",
+                    tooltip="JSON: per layer kept or quantised and why, relative RMS error in % "
+                    "and dB, bytes before and after; layers worth exempting.",
                 ),
             ],
         )
@@ -184,8 +185,8 @@ class BraidSaveFp8(io.ComfyNode):
                 io.String.Input(
                     "filename_prefix",
                     default="diffusion_models/fp8",
-                    tooltip="Folder and start of the name under ComfyUI's output folder. What lies in "
-                    "output/diffusion_models can be chosen in the loaders at once.",
+                    tooltip="Folder and start of the name under ComfyUI's output folder. What lies "
+                    "in output/diffusion_models can be chosen in the loaders at once.",
                 ),
             ],
             outputs=[io.String.Output("path", display_name="path", tooltip="The file written.")],

@@ -1,6 +1,5 @@
 """The trainable adapter: its settings, a preview of the layers it adapts, and its file."""
 
-import logging
 from pathlib import Path
 
 import folder_paths
@@ -19,7 +18,6 @@ from ..engine.network.targets import select_targets
 from . import sockets
 
 LoraModel = io.Custom("LORA_MODEL")
-logger = logging.getLogger("comfyui_braid.network")
 
 
 class BraidNetwork(io.ComfyNode):
@@ -167,8 +165,6 @@ class BraidPreviewTargets(io.ComfyNode):
     def execute(cls, model, network: NetworkSpec) -> io.NodeOutput:
         report = select_targets(diffusion_model_of(model), network, architecture_of(model))
         text = report_text(report)
-        if network.verbose:
-            logger.info("%s", text)
         return io.NodeOutput(text, len(report.selected), report.parameters, ui=ui.PreviewText(text))
 
 

@@ -1,4 +1,4 @@
-"""FP8 weights with one scale per output channel or block, as ComfyUI's own kind of quantised tensor.
+"""FP8 weights with one scale per channel or block, as ComfyUI's own kind of quantised tensor.
 
 ComfyUI's FP8 layout takes one scale per tensor; a finer one comes out wrong where a linear is
 decomposed into transpose and matmul (under no_grad and with gradients). This layout keeps the

@@ -55,7 +55,9 @@ def _after_load(patcher: ModelPatcher, device_to: torch.device, *_: object) -> N
         ]
 
 
-def _after_detach(patcher: ModelPatcher, *_: object) -> None:
+def _after_detach(patcher: ModelPatcher, unpatched: bool) -> None:
+    if not unpatched:
+        return  # a clone with the same patches takes the loaded weights over as they are
     for module in patcher.model.modules():
         functions = module.__dict__.get("weight_function")
         if functions:

@@ -21,9 +21,9 @@ def save_fp8(patcher: ModelPatcher, path: Path) -> None:
     """
     if patcher.patches:
         raise ValueError(
-            f"this model carries {len(patcher.patches)} patches (a LoRA), which would be rounded into "
-            "FP8: save the model from before the LoRA, or merge the LoRA in the FP8 loader, where it "
-            "is added before quantising"
+            f"this model carries {len(patcher.patches)} patches (a LoRA), which would be rounded "
+            "into FP8: save the model from before the LoRA, or merge the LoRA in the FP8 loader, "
+            "where it is added before quantising"
         )
     comfy.model_management.load_models_gpu([patcher])  # takes another clone's patches off
     tensors = _state_dict(patcher)

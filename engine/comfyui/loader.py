@@ -133,8 +133,8 @@ def _as_it_is(already: Fp8Checkpoint, request: Fp8Request) -> tuple[dict[str, Te
     logger.info(note)
     counted = {f"{name}.{part}" for name in already.scaled for part in ("weight", "weight_scale")}
     other = sum(t.nbytes for key, t in already.tensors.items() if key not in counted)
-    own = {key: tensor.clone() for key, tensor in already.tensors.items()}
-    return own, Fp8Report(layers=layers, notes=(note,), other_bytes=other)
+    report = Fp8Report(layers=layers, notes=(note,), other_bytes=other)
+    return dict(already.tensors), report
 
 
 def _quantized(
@@ -169,9 +169,7 @@ def _quantized(
     return ready, Fp8Report(layers=tuple(layers), notes=tuple(notes), other_bytes=other_bytes)
 
 
-def build_skeleton(
-    tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
-) -> Skeleton | None:
+def build_skeleton(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Skeleton | None:
     """The model that ComfyUI would build for these tensors, on the meta device; None if unknown."""
     config = comfy.model_detection.model_config_from_unet(dict(tensors), "", metadata=metadata)
     if config is None:
@@ -227,8 +225,8 @@ def _lora_merge(skeleton: Skeleton, request: Fp8Request) -> tuple[Merge, str]:
         )
 
     note = (
-        f"{request.lora.name} merged at {request.lora_strength:g} into {len(targets)} tensors before "
-        f"quantising ({len(patches) - len(targets)} of its targets are not in this model)"
+        f"{request.lora.name} merged at {request.lora_strength:g} into {len(targets)} tensors "
+        f"before quantising ({len(patches) - len(targets)} of its targets are not in this model)"
     )
     logger.info(note)
     return merge, note

@@ -121,8 +121,8 @@ class MagCachePatch:
             logger.warning("MagCache: %s", warning)
         return Run(
             schedule=replace(schedule, warnings=tuple(warnings)),
-            # after fresh noise a repeated velocity is better than a repeated denoised latent, and an
-            # extrapolated denoised latent better than both (measured on the playground)
+            # after fresh noise a repeated velocity beats a repeated denoised latent, and an
+            # extrapolated denoised latent beats both (measured on the playground)
             quantity=conditions.quantity if schedule.planned else "velocity",
             blocks=block_keys(patcher) if settings.measure == "blocks" else [],
             clock=StepClock(sigmas, calls_follow_schedule(sampler)),

@@ -1,64 +1,37 @@
 """The error of every layer in one picture."""
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from .report import WORTH_EXEMPTING, Fp8Report
 
-INK = "#8b93a1"  # readable on a dark and on a light background
+PAPER = "#15181d"
+INK = "#9aa3b2"
 QUANTIZED = "#4c9be8"
 WORSE = "#e8864c"
-NAMED_LAYERS = 4
+NAMED_LAYERS = 5
 
 
 def error_chart(report: Fp8Report) -> np.ndarray:
     """Relative RMS error of each measured layer, in model order: RGB uint8 [height, width, 3]."""
-    figure = Figure(figsize=(9, 3.6), dpi=110, facecolor="#15181d", layout="constrained")
+    figure = Figure(figsize=(9, 3.8), dpi=110, facecolor=PAPER, layout="constrained")
     canvas = FigureCanvasAgg(figure)
-    axes = figure.add_subplot(facecolor="#15181d")
-    worse = report.worth_exempting()
-    names = {layer.name for layer in worse}
-    percent = [100 * layer.relative_rms for layer in report.measured]
-    colours = [WORSE if layer.name in names else QUANTIZED for layer in report.measured]
-    axes.scatter(range(len(percent)), percent, c=colours, s=14, linewidths=0)
-    if percent:
-        limit = WORTH_EXEMPTING * float(np.median(percent))
-        axes.axhline(limit, color=WORSE, linewidth=0.9, linestyle="--")
-        axes.annotate(
-            f"worth keeping: above {limit:.2f} %",
-            (1, limit),
-            xycoords=("axes fraction", "data"),
-            xytext=(-4, 4),
-            textcoords="offset points",
-            ha="right",
-            color=WORSE,
-            fontsize=8,
-        )
-        axes.set_ylim(0, 1.25 * max(*percent, limit))
-    position = {layer.name: index for index, layer in enumerate(report.measured)}
-    for rank, layer in enumerate(worse[:NAMED_LAYERS]):
-        right = position[layer.name] > len(percent) / 2
-        axes.annotate(
-            layer.name,
-            (position[layer.name], 100 * layer.relative_rms),
-            xytext=(-6 if right else 6, 5 + 9 * (rank % 2)),
-            textcoords="offset points",
-            ha="right" if right else "left",
-            color=WORSE,
-            fontsize=7.5,
-        )
+    axes = figure.add_subplot(facecolor=PAPER)
+    if report.measured:
+        _draw_layers(axes, report)
     summary = report.to_json()
     axes.set_title(
         f"{summary['quantized_layers']} layers in FP8, {summary['kept_layers']} kept;  "
-        f"{summary['bytes_before'] / 2**30:.2f} → {summary['bytes_after'] / 2**30:.2f} GiB;  "
+        f"{_size(summary['bytes_before'])} → {_size(summary['bytes_after'])};  "
         f"median error {summary['median_relative_rms_percent'] or 0:.2f} %",
         color=INK,
         fontsize=10,
         loc="left",
     )
     axes.set_xlabel("quantised layer, in model order", color=INK)
-    axes.set_ylabel("relative RMS error of the weights / %", color=INK)
+    axes.set_ylabel("relative RMS error\nof the weights / %", color=INK)
     axes.tick_params(colors=INK)
     axes.grid(axis="y", color=INK, alpha=0.2, linewidth=0.6)
     for side, spine in axes.spines.items():
@@ -66,3 +39,37 @@ def error_chart(report: Fp8Report) -> np.ndarray:
         spine.set_visible(side in ("left", "bottom"))
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def _draw_layers(axes: Axes, report: Fp8Report) -> None:
+    percent = np.array([100 * layer.relative_rms for layer in report.measured])
+    position = {layer.name: index for index, layer in enumerate(report.measured)}
+    worse = [position[layer.name] for layer in report.worth_exempting()]
+    limit = WORTH_EXEMPTING * float(np.median(percent))
+    low, high = min(percent.min(), limit), max(percent.max(), limit)
+    margin = max(high - low, 0.05 * high)
+    axes.set_ylim(low - 0.35 * margin, high + 0.75 * margin)
+    axes.scatter(range(len(percent)), percent, c=QUANTIZED, s=14, linewidths=0)
+    axes.scatter(worse, percent[worse], c=WORSE, s=22, linewidths=0)
+    axes.axhline(limit, color=WORSE, linewidth=0.9, linestyle="--")
+    lines = [f"dashed: {WORTH_EXEMPTING:g} × median, worth keeping above it"]
+    lines += [
+        f"{percent[index]:.2f} %  {report.measured[index].name}" for index in worse[:NAMED_LAYERS]
+    ]
+    if len(worse) > NAMED_LAYERS:
+        lines.append(f"and {len(worse) - NAMED_LAYERS} more, see the report")
+    axes.text(
+        0.5,
+        0.98,
+        "\n".join(lines),
+        transform=axes.transAxes,
+        ha="center",
+        va="top",
+        color=WORSE,
+        fontsize=8,
+        linespacing=1.35,
+    )
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**29 else f"{count / 2**20:.1f} MiB"

@@ -163,9 +163,7 @@ def _one_form(
     return form
 
 
-def write_streamed(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
-) -> None:
+def write_streamed(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file one tensor at a time; whole or not at all.
 
     safetensors' own writer first copies every tensor, which would double the memory of a model.

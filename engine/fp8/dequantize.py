@@ -24,7 +24,7 @@ def row_chunks(out_features: int, in_features: int, device: torch.device) -> Ite
 def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The weight [out, in] that `codes` [out, in] and `scale` stand for.
 
-    `scale` is float32: 0-d for the tensor, [out, 1] per channel or [out, blocks, 1] per block. It is
+    `scale` is float32: 0-d for the tensor, [out, 1] per channel, [out, blocks, 1] per block. It is
     multiplied in float32, so the result is within half a unit in the last place of `dtype`.
     """
     if torch.compiler.is_compiling():
@@ -68,7 +68,6 @@ def decode(codes: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if codes.device.type != "cpu" or codes.numel() % 2 or not codes.is_contiguous():
         return codes.to(dtype)
-    word = _WORD_OF_PAIR[dtype.itemsize]
     index = codes.view(-1).view(torch.uint8).view(torch.uint16).to(torch.int32)
     pairs = torch.index_select(_pair_table(codes.dtype, dtype), 0, index)
     return pairs.view(dtype).view(codes.shape)

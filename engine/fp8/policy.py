@@ -64,7 +64,7 @@ GENERIC = LayerPatterns(
     include=(r"(^|\.)(\w*_)?(blocks?|layers)\.\d+\.",),
     exclude=(r"(^|[._])(mod|modulation|adaLN\w*|adaln\w*|norm\w*|emb\w*|time\w*)([._]|$)",),
 )
-"""For an architecture without a preset: Linears of repeated blocks, save modulation and embedding."""
+"""For an architecture without a preset: Linears of repeated blocks, save modulations and such."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,13 +82,13 @@ class Fp8Policy:
     fp8_format: str = "e4m3fn"
     """e4m3fn (3 mantissa bits, up to 448) or e5m2 (2 bits, up to 57344; twice the error)."""
     granularity: str = "block"
-    """One scale per tensor, per output channel, or per block of `block_size` inputs of a channel."""
+    """One scale per tensor, per output channel, or per block of inputs of a channel."""
     block_size: int = 64
     """Inputs that share a scale; a layer whose width is no multiple of it gets channel scales."""
     scale_search: str = "amax"
     """amax: the largest value becomes the largest code. mse: least squared error of 21 scales."""
     scale_rounding: str = "exact"
-    """exact: float32 scales. musubi: its scales, computed and so rounded in the weight's own dtype."""
+    """exact: float32 scales. musubi: computed, and so rounded, in the weight's own dtype."""
     patterns: LayerPatterns = field(default_factory=LayerPatterns)
     """The user's own, on top of the preset: include admits more, exclude always wins."""
 

@@ -1,6 +1,6 @@
 """amax → weight scale → codes, on rows of a weight matrix; tensors only.
 
-A weight [out, in] is cut into groups that share one scale: a row, or a block of a row, or everything.
+A weight [out, in] is cut into groups that share one scale: a row, a block of a row, or everything.
 `code = round(weight / scale)` and `weight ≈ code * scale`. Rows are independent of each other, so
 the codes do not depend on how many rows are handed in at a time.
 """
@@ -87,7 +87,9 @@ def quantize_rows(rows: Tensor, policy: Fp8Policy, group_size: int) -> tuple[Ten
     if policy.scale_search == "mse":
         scale = least_squares_scale(grouped, scale, policy.dtype)
     divisor = scale
-    if policy.scale_rounding == "musubi":  # float16 lets the scale of a tiny group underflow to zero
+    if (
+        policy.scale_rounding == "musubi"
+    ):  # float16 lets the scale of a tiny group underflow to zero
         nothing = scale == 0
         grouped, divisor = grouped.masked_fill(nothing, 0.0), scale.masked_fill(nothing, 1.0)
     return codes_of(grouped, divisor, policy.dtype).view(rows.shape), scale
@@ -101,8 +103,8 @@ def quantize_rows_by(rows: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 def tensor_scale(weight: Tensor, policy: Fp8Policy, device: torch.device) -> Tensor:
     """The one scale (0-d) of a whole weight [out, in], found in chunks of rows on `device`.
 
-    It lies on bfloat16's grid (rounded up, so that nothing saturates): ComfyUI multiplies per-tensor
-    weights by the scale cast to the compute dtype, and an unrounded one would be off by up to 0.4 %.
+    It lies on bfloat16's grid (rounded up, so that nothing saturates): ComfyUI multiplies such
+    weights by the scale cast to the compute dtype; an unrounded one would be off by up to 0.4 %.
     Raises FloatingPointError when a value is NaN or Inf.
     """
     chunks = list(row_chunks(*weight.shape, device))

@@ -32,7 +32,7 @@ class TensorSource:
     """What one or several safetensors files hold."""
 
     tensors: dict[str, Tensor]
-    """In file order. Views of the mapped files: clone what must outlive them or be written to."""
+    """In file order. Views that keep the files mapped; what is written to them stays in memory."""
     metadata: dict[str, str]
     """The headers' string metadata, merged."""
     files: tuple[Path, ...]

@@ -35,7 +35,7 @@ class Streamed:
     """What one tensor of the source became."""
 
     tensors: dict[str, Tensor]
-    """In ComfyUI's keys, in memory of their own."""
+    """In ComfyUI's keys; what was kept is the source's tensor itself."""
     layer: LayerReport | None
     """None for what is no Linear weight: biases, norms, embeddings, convolutions."""
 
@@ -80,8 +80,8 @@ def quantized_stream(
 ) -> Iterator[Streamed]:
     """Yield every tensor of `tensors`, the Linear weights that `decisions` names quantised.
 
-    `decisions` is keyed like `tensors` and holds Linear weights only. ValueError names a tensor that
-    holds NaN or Inf.
+    `decisions` is keyed like `tensors` and holds Linear weights only. ValueError names a tensor
+    that holds NaN or Inf.
     """
     for key, tensor in tensors.items():
         merged = tensor if merge is None else merge(key, tensor)
@@ -99,7 +99,7 @@ def quantized_stream(
 
 
 def _kept(key: str, tensor: Tensor, merged: Tensor, decision: Decision | None) -> Streamed:
-    own = tensor.clone() if merged is tensor else merged.to(tensor.dtype)
+    kept = tensor if merged is tensor else merged.to(tensor.dtype)
     layer = None
     if decision is not None:
         layer = LayerReport(
@@ -108,9 +108,9 @@ def _kept(key: str, tensor: Tensor, merged: Tensor, decision: Decision | None) -
             quantized=False,
             reason=decision.reason,
             bytes_before=tensor.nbytes,
-            bytes_after=own.nbytes,
+            bytes_after=kept.nbytes,
         )
-    return Streamed(tensors={key: own}, layer=layer)
+    return Streamed(tensors={key: kept}, layer=layer)
 
 
 def _quantized(

@@ -40,9 +40,8 @@ _PREFIXES = (
     "unet.",
     "",
 )
-Parameter = tuple[Kind, str]
-# PEFT's A is down, its B is up.
-_SUFFIXES: dict[str, Parameter] = {
+# Suffix → (kind, parameter). PEFT's A is down, its B is up.
+_SUFFIXES: dict[str, tuple[Kind, str]] = {
     f".{suffix}": (kind, name)  # type: ignore[misc]
     for kind, adapter in ADAPTERS.items()
     for name, suffix in adapter.KEYS.items()
@@ -56,6 +55,7 @@ _SUFFIXES: dict[str, Parameter] = {
     ".lokr_w1_a": ("lokr", "w1_a"),
     ".lokr_w1_b": ("lokr", "w1_b"),
 }
+_KNOWN_SUFFIXES = (*_SUFFIXES, ALPHA)
 _COMPLETE = {
     "lora": [{"down", "up"}],
     "loha": [{"w1_a", "w1_b", "w2_a", "w2_b"}],
@@ -114,7 +114,7 @@ def decoded(
     for key, tensor in state.items():
         stem, suffix = _stem_and_suffix(key)
         place = names.find(stem)
-        if place is None or suffix not in (*_SUFFIXES, ALPHA):
+        if place is None or suffix not in _KNOWN_SUFFIXES:
             unknown.append(key)
         else:
             layer, part = place
@@ -168,7 +168,7 @@ def _spelled(state: Mapping[str, Tensor]) -> dict[str, AdapterWeights]:
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state.items():
         stem, suffix = _stem_and_suffix(key)
-        if suffix not in (*_SUFFIXES, ALPHA):
+        if suffix not in _KNOWN_SUFFIXES:
             raise ValueError(f"{key}: not a LoRA, which is all that this key_format holds")
         found.setdefault(stem[len(COMFYUI_PREFIX) :], {})[suffix] = tensor
     return {name: _weights(name, tensors) for name, tensors in found.items()}
@@ -188,7 +188,7 @@ def format_of(keys: Iterable[str]) -> KeyFormat | None:
 
 def _stem_and_suffix(key: str) -> tuple[str, str]:
     """Layer part of a key, and the rest with its dot (the last component when it is unknown)."""
-    known = next((s for s in (*_SUFFIXES, ALPHA) if key.endswith(s)), None)
+    known = next((s for s in _KNOWN_SUFFIXES if key.endswith(s)), None)
     suffix = known or "." + key.rpartition(".")[2]
     return key[: -len(suffix)], suffix
 
@@ -257,7 +257,14 @@ def _joined(
     kinds = {block.kind for block in blocks.values()}
     if len(kinds) > 1 or kinds == {"lokr"}:
         raise ValueError(f"the file holds parts of {name} as {', '.join(kinds)}, which do not join")
-    return stacked(blocks, row_blocks(count, shape.out_features, shape.in_features))
+    sizes = row_blocks(count, shape.out_features, shape.in_features)
+    for part, block in blocks.items():
+        if block.rows != sizes[part]:
+            raise ValueError(
+                f"part {part + 1} of {name} has {block.rows} rows in the file and {sizes[part]} in "
+                "the model; use the model that it was trained on"
+            )
+    return stacked(blocks, sizes)
 
 
 def _weights(name: str, tensors: Mapping[str, Tensor]) -> AdapterWeights:

@@ -73,7 +73,7 @@ class NetworkSpec:
     lokr_factor: int = -1
     """LoKr: size of the small Kronecker factor; -1 = as square as possible (musubi: factor)."""
     verbose: bool = False
-    """Log every layer that is adapted or excluded."""
+    """Log every layer, adapted or skipped, with the reason."""
 
     def __post_init__(self) -> None:
         _refuse_other("network_type", self.kind, KINDS)

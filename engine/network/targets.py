@@ -6,6 +6,7 @@ Mode "whitelist" is what many expect include to mean: only what an include match
 of the user's), anywhere in the model, whatever the architecture's defaults.
 """
 
+import logging
 import math
 import re
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from .architectures import Architecture
 from .layers import LayerShape, layers_of
 from .spec import NetworkSpec
 
+logger = logging.getLogger("comfyui_braid.network")
 DEFAULT_EXCLUDE, EXCLUDE, INCLUDE = "default exclude", "exclude_patterns", "include_patterns"
 
 
@@ -110,6 +112,10 @@ def select_targets(model: nn.Module, spec: NetworkSpec, architecture: Architectu
         candidates=candidates,
         patterns=rules.counts(asked),
     )
+    if spec.verbose:
+        for candidate in candidates:
+            verb = "adapted" if candidate.selected else "skipped"
+            logger.info("%s %s: %s", verb, candidate.name, candidate.reason)
     if not report.selected:
         raise ValueError(_nothing_selected(report, asked))
     return report

@@ -28,6 +28,11 @@ class AdapterWeights:
         """Inner width of the factors."""
         return rank_of(self.kind, self.tensors)
 
+    @property
+    def rows(self) -> int:
+        """Outputs of the layer; lora and loha only."""
+        return self.tensors[_ROW_FACTORS[self.kind][0]].shape[0]
+
 
 def rank_of(kind: Kind, tensors: Mapping[str, Tensor]) -> int:
     """Inner width of the factors of one adapter; 1 for a LoKr that is not low-rank at all."""

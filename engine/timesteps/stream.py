@@ -81,7 +81,7 @@ class TimestepStream:
         visits = self._visits[index]
         self._visits[index] += 1
         u = np.empty(len(index))
-        for epoch in set(visits.tolist()):
+        for epoch in _values_in(visits):
             now = visits == epoch
             u[now] = self._pool(epoch)[index[now]]
         return torch.from_numpy(u)
@@ -122,3 +122,9 @@ class TimestepStream:
 def _has_duplicates(values: np.ndarray) -> bool:
     ordered = np.sort(values)
     return bool((ordered[1:] == ordered[:-1]).any())
+
+
+def _values_in(visits: np.ndarray) -> list[int]:
+    """The different values, rising; they lie close together."""
+    lowest = visits.min()
+    return (lowest + np.flatnonzero(np.bincount(visits - lowest))).tolist()

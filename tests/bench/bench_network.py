@@ -10,6 +10,7 @@ import platform
 import sys
 import time
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -138,6 +139,26 @@ def compare(title, model, x, variants):
         print(f"  {name:<28} {ratio:5.2f} x time   {megabytes:7.1f} MB saved for backward")
 
 
+def variants_of(model: nn.Module, dtype: torch.dtype) -> dict:
+    """Name → function that makes the context in which the model computes with adapters."""
+    lora = network_of(model, dtype, rank=16)
+    variants = {
+        "frozen": nullcontext,
+        "lora 16, hooks": partial(attached, model, lora),
+        "lora 16, hooks, no addmm": partial(by_sum, model, lora),
+        "lora 16, forward override": partial(by_override, model, lora),
+    }
+    if dtype == torch.float32:
+        loha = network_of(model, dtype, rank=16, kind="loha")
+        lokr = network_of(model, dtype, rank=16, kind="lokr")
+        variants |= {
+            "loha 16": partial(attached, model, loha),
+            "loha 16, dense weight": partial(by_dense_weight, model, loha),
+            "lokr 16": partial(attached, model, lokr),
+        }
+    return variants
+
+
 def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -146,29 +167,14 @@ def main() -> None:
         for width, tokens in ((2048, 512), (512, 264)):
             model = Stack(3, width, dtype)
             x = torch.randn(1, tokens, width, dtype=dtype)
-            lora = network_of(model, dtype, rank=16)
-            variants = {
-                "frozen": nullcontext,
-                "lora 16, hooks": lambda: attached(model, lora),
-                "lora 16, hooks, no addmm": lambda: by_sum(model, lora),
-                "lora 16, forward override": lambda: by_override(model, lora),
-            }
-            if dtype == torch.float32:
-                loha = network_of(model, dtype, rank=16, kind="loha")
-                lokr = network_of(model, dtype, rank=16, kind="lokr")
-                variants |= {
-                    "loha 16": lambda: attached(model, loha),
-                    "loha 16, dense weight": lambda: by_dense_weight(model, loha),
-                    "lokr 16": lambda: attached(model, lokr),
-                }
-            compare(f"{dtype}, 3 x {width}², {tokens} tokens", model, x, variants)
+            title = f"{dtype}, 3 x {width}², {tokens} tokens"
+            compare(title, model, x, variants_of(model, dtype))
     hook_overhead()
 
 
 def hook_overhead() -> None:
     """Microseconds that the mechanism itself costs on one call of a layer."""
     layer, x, calls = nn.Linear(8, 8), torch.randn(1, 8), 2000
-    handle = None
 
     def timed() -> float:
         start = time.process_time()

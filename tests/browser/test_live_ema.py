@@ -68,9 +68,9 @@ def wait_for_weights(page, before: list[float], count: int) -> list[float]:
     page.wait_for_function(
         f"""([before, count]) => {{
           const now = ({WEIGHTS})();
-          return now.length === count && JSON.stringify(now) !== before;
+          return now.length === count && JSON.stringify(now) !== JSON.stringify(before);
         }}""",
-        arg=[json.dumps(before, separators=(",", ":")), count],
+        arg=[before, count],
     )
     return page.evaluate(WEIGHTS)
 

@@ -17,3 +17,11 @@ def _inference_tensors_and_flags_do_not_leak():
     assert not mm.in_training
     yield
     assert not mm.in_training
+
+
+@pytest.fixture
+def flux_file(tmp_path, monkeypatch):
+    """A tiny FLUX in bf16, as a file that ComfyUI recognises."""
+    from fp8_files import write_model
+
+    return write_model(tmp_path, monkeypatch)

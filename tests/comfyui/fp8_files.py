@@ -3,7 +3,6 @@
 import comfy.model_detection
 import comfy.sample
 import comfy.sd
-import pytest
 import torch
 from safetensors.torch import save_file
 from tiny_models import MODELS, build, conditioning, latent
@@ -81,8 +80,3 @@ def lora_state_dict(key_format, rank=4, size=0.4, seed=3):
         lora[f"{stem}.{up}.weight"] = torch.randn(out, rank, generator=generator) * size * 0.05
         lora[f"{stem}.alpha"] = torch.tensor(float(rank))
     return lora
-
-
-@pytest.fixture
-def flux_file(tmp_path, monkeypatch):
-    return write_model(tmp_path, monkeypatch)

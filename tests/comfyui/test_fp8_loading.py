@@ -4,13 +4,9 @@ import comfy.sd
 import pytest
 import torch
 from comfy.quant_ops import QuantizedTensor
-from comfyui_braid.engine.comfyui.loader import Fp8Request, load_fp8
-from comfyui_braid.engine.fp8.policy import PRESETS, Fp8Policy, LayerPatterns
-from comfyui_braid.engine.fp8.stream import quantize_weight
 from fp8_files import (
     ARCHITECTURES,
     distance,
-    flux_file,  # noqa: F401  (a fixture)
     lora_state_dict,
     reference,
     sample,
@@ -18,6 +14,10 @@ from fp8_files import (
     write_model,
 )
 from safetensors.torch import save_file
+
+from comfyui_braid.engine.comfyui.loader import Fp8Request, load_fp8
+from comfyui_braid.engine.fp8.policy import PRESETS, Fp8Policy, LayerPatterns
+from comfyui_braid.engine.fp8.stream import quantize_weight
 
 POLICIES = {
     "tensor": Fp8Policy(granularity="tensor"),
@@ -47,7 +47,9 @@ def test_every_granularity_samples_far_closer_to_bf16_than_a_plain_cast(
             str(path), model_options={"dtype": torch.float8_e4m3fn}
         )
     plain = distance(sample(cast, name), exact)
-    errors = {key: distance(sample(load(path, p).patcher, name), exact) for key, p in POLICIES.items()}
+    errors = {
+        key: distance(sample(load(path, p).patcher, name), exact) for key, p in POLICIES.items()
+    }
     assert max(errors.values()) < 0.35 * plain
     assert errors["block+mse"] < errors["block"] < 1.1 * errors["tensor"]
 

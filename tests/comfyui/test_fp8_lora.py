@@ -2,18 +2,19 @@ import comfy.model_management as mm
 import comfy.sd
 import pytest
 import torch
-from comfyui_braid.engine.comfyui.fp8_lora import PatchOnTheFly
-from comfyui_braid.engine.comfyui.loader import Fp8Request, load_fp8
-from comfyui_braid.engine.fp8.policy import Fp8Policy
+from comfy_extras.nodes_torch_compile import TorchCompileModel
 from fp8_files import (
     distance,
-    flux_file,  # noqa: F401  (a fixture)
     lora_state_dict,
     reference,
     sample,
     state_dict,
 )
 from safetensors.torch import save_file
+
+from comfyui_braid.engine.comfyui.fp8_lora import PatchOnTheFly
+from comfyui_braid.engine.comfyui.loader import Fp8Request, load_fp8
+from comfyui_braid.engine.fp8.policy import Fp8Policy
 
 GRANULARITIES = ("tensor", "channel", "block")
 LAYER = "double_blocks.0.img_attn.proj"
@@ -100,6 +101,27 @@ def test_a_lora_leaves_the_model_as_it_was(granularity, flux_file):
     assert not any(isinstance(f, PatchOnTheFly) for fs in functions for f in fs)
     assert torch.equal(sample(model), before)
     assert torch.equal(sample(lora), changed)
+
+
+def test_a_clone_that_takes_over_the_loaded_weights_keeps_the_lora(flux_file):
+    lora = with_lora(load(flux_file).patcher, lora_state_dict("comfyui", size=4.0))
+    changed = sample(lora)
+    clone = lora.clone()
+    clone.set_model_sampler_post_cfg_function(lambda args: args["denoised"])
+    clone.add_wrapper_with_key("diffusion_model", "test", lambda run, *a, **k: run(*a, **k))
+    assert torch.equal(sample(clone), changed)
+    assert torch.equal(sample(lora), changed)
+
+
+def test_a_compiled_model_keeps_the_lora(flux_file):
+    model = load(flux_file).patcher
+    lora = with_lora(model, lora_state_dict("comfyui", size=4.0))
+    before, changed = sample(model), sample(lora)
+    with torch.inference_mode():
+        compiled = TorchCompileModel.execute(lora, "eager").result[0]
+    assert distance(changed, before) > 5e-3
+    assert distance(sample(compiled), changed) < 1e-5
+    torch.compiler.reset()
 
 
 def test_partial_unloading_applies_the_lora_exactly_once(flux_file):

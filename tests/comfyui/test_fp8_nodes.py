@@ -4,9 +4,10 @@ from pathlib import Path
 import folder_paths
 import pytest
 import torch
-from comfyui_braid.nodes.fp8 import BraidFp8Loader, BraidSaveFp8
 from fp8_files import lora_state_dict, sample, write_model
 from safetensors.torch import save_file
+
+from comfyui_braid.nodes.fp8 import BraidFp8Loader, BraidSaveFp8
 
 DOCS = Path(__file__).resolve().parents[2] / "web" / "docs"
 

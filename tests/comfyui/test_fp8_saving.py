@@ -3,18 +3,18 @@ import json
 import comfy.sd
 import pytest
 import torch
-from comfyui_braid.engine.comfyui.fp8_save import save_fp8
-from comfyui_braid.engine.comfyui.loader import Fp8Request, load_fp8
-from comfyui_braid.engine.files import read_header
-from comfyui_braid.engine.fp8.policy import Fp8Policy
 from fp8_files import (
     ARCHITECTURES,
-    flux_file,  # noqa: F401  (a fixture)
     lora_state_dict,
     reference,
     sample,
     write_model,
 )
+
+from comfyui_braid.engine.comfyui.fp8_save import save_fp8
+from comfyui_braid.engine.comfyui.loader import Fp8Request, load_fp8
+from comfyui_braid.engine.files import read_header
+from comfyui_braid.engine.fp8.policy import Fp8Policy
 
 
 def load(path, granularity="block", **policy):
@@ -36,18 +36,21 @@ def test_what_is_saved_loads_back_equal(name, granularity, tmp_path, monkeypatch
     model = load(write_model(tmp_path, monkeypatch, name), granularity)
     path = save(model, tmp_path / "saved.safetensors")
     again = load(path, "tensor" if granularity != "tensor" else "block")
-    first, second = model.model.diffusion_model.state_dict(), again.model.diffusion_model.state_dict()
+    first, second = (
+        model.model.diffusion_model.state_dict(),
+        again.model.diffusion_model.state_dict(),
+    )
     assert set(first) == set(second)
     for key, tensor in first.items():
-        same = torch.equal(tensor.flatten().view(torch.uint8), second[key].flatten().view(torch.uint8))
+        same = torch.equal(
+            tensor.flatten().view(torch.uint8), second[key].flatten().view(torch.uint8)
+        )
         assert same, key
     assert torch.equal(sample(again, name), sample(model, name))
 
 
 @pytest.mark.parametrize("fp8_format", ["e4m3fn", "e5m2"])
-def test_stock_comfyui_loads_per_tensor_files_and_samples_the_same(
-    fp8_format, flux_file, tmp_path
-):
+def test_stock_comfyui_loads_per_tensor_files_and_samples_the_same(fp8_format, flux_file, tmp_path):
     model = load(flux_file, "tensor", fp8_format=fp8_format)
     path = save(model, tmp_path / "saved.safetensors")
     assert torch.allclose(sample(reference(path)), sample(model), rtol=0, atol=1e-5)
@@ -62,9 +65,7 @@ def test_stock_comfyui_refuses_finer_files_and_names_the_format(granularity, flu
         reference(path)
 
 
-def test_comfyuis_own_save_node_writes_a_file_that_stock_refuses_and_we_load(
-    flux_file, tmp_path
-):
+def test_comfyuis_own_save_node_writes_a_file_that_stock_refuses_and_we_load(flux_file, tmp_path):
     model = load(flux_file)
     path = tmp_path / "core.safetensors"
     with torch.inference_mode():

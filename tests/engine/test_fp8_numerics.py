@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from comfyui_braid.engine.fp8 import dequantize as dequantizing
 from comfyui_braid.engine.fp8.dequantize import decode, decode_bytes, dequantize
 from comfyui_braid.engine.fp8.policy import Fp8Policy
@@ -52,7 +53,9 @@ def test_musubi_rounding_gives_musubis_bytes_and_scales(case):
         assert hashlib.sha256(codes.numpy().tobytes()).hexdigest() == case["fp8_sha256"]
 
 
-@pytest.mark.parametrize("case", GOLDENS["patched_linear_forward"], ids=lambda c: c["mode"] + c["dtype"])
+@pytest.mark.parametrize(
+    "case", GOLDENS["patched_linear_forward"], ids=lambda c: c["mode"] + c["dtype"]
+)
 def test_a_linear_on_dequantised_weights_gives_musubis_output(case):
     dtype = getattr(torch, case["dtype"].removeprefix("torch."))
 

@@ -1,4 +1,5 @@
 import pytest
+
 from comfyui_braid.engine.fp8.policy import Fp8Policy, LayerPatterns
 
 NAMES = {
@@ -13,7 +14,10 @@ KEPT = {
     "flux": ["double_blocks.0.img_mod.lin", "single_blocks.0.modulation.lin", "img_in"],
     "wan2.1": ["time_embedding.0", "head.head", "text_embedding.2", "img_emb.proj.1"],
     "qwen_image": ["time_text_embed.timestep_embedder.linear_1", "norm_out.linear", "proj_out"],
-    "hunyuan_video": ["txt_in.individual_token_refiner.blocks.0.mlp.0", "double_blocks.0.img_mod.lin"],
+    "hunyuan_video": [
+        "txt_in.individual_token_refiner.blocks.0.mlp.0",
+        "double_blocks.0.img_mod.lin",
+    ],
     "lumina2": ["layers.0.adaLN_modulation.1", "x_embedder", "final_layer.linear"],
     "something new": ["layers.0.adaLN_modulation.1", "blocks.0.norm1.linear", "proj_out"],
 }

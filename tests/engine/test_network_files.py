@@ -304,6 +304,10 @@ def test_files_that_do_not_fit_are_refused_with_the_reason(state, sentence):
 
 
 def test_weights_of_another_shape_are_refused():
+    part = "transformer.layers.0.attention.to_k"
+    state = {f"{part}.lora_A.weight": torch.zeros(2, 8), f"{part}.lora_B.weight": torch.zeros(6, 2)}
+    with pytest.raises(ValueError, match="part 2 of .* has 6 rows in the file and 8 in the model"):
+        decoded(state, {"layers.0.attention.qkv": linear(24, 8)}, Z_IMAGE)
     network = network_for(Model(), FLUX)
     other = weights_of(network_for(Model(), FLUX, rank=3))
     with pytest.raises(ValueError, match=r"needs down \(2, 8\), up \(24, 2\), the file has down"):

@@ -235,6 +235,17 @@ def _z_image(h=3840, ffn=10240):
     return ([(h, h)] * 4 + [(h, ffn), (ffn, h), (h, ffn)]) * 30
 
 
+def test_verbose_logs_every_layer_with_the_reason(caplog):
+    with caplog.at_level("INFO", logger="comfyui_braid.network"):
+        select(exclude=(".*proj",), verbose=True)
+    assert len(caplog.messages) == 37
+    assert "skipped double_blocks.0.img_attn.proj: exclude_patterns '.*proj'" in caplog.messages
+    caplog.clear()
+    with caplog.at_level("INFO", logger="comfyui_braid.network"):
+        select()
+    assert not caplog.messages
+
+
 def test_the_report_names_layers_reasons_patterns_and_size():
     text = report_text(select(exclude=("proj", r".*\.11\..*"), rank=4, alpha=2.0))
     assert "FLUX.1: LoRA, rank 4, alpha 2" in text

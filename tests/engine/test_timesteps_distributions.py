@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from comfyui_braid.engine.timesteps.sampling import MODES, TimestepSampling
 from comfyui_braid.engine.timesteps.stream import TimestepStream
 

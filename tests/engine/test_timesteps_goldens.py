@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from comfyui_braid.engine.timesteps.sampling import RESOLUTION_SHIFTS, TimestepSampling
 from comfyui_braid.engine.timesteps.weighting import LOSS_WEIGHTS
 

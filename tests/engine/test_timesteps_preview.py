@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from comfyui_braid.engine.timesteps.figure import draw_figure, title
 from comfyui_braid.engine.timesteps.preview import (
     PreviewSettings,

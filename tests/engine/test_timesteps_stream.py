@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+
 from comfyui_braid.engine.timesteps.sampling import TimestepSampling
 from comfyui_braid.engine.timesteps.stream import TimestepStream, epoch_pool
 

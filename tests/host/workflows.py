@@ -180,7 +180,7 @@ class Graph:
                 if not _is_widget(kind, options):
                     sockets.append({"name": full, "type": kind, "link": None})
                     continue
-                values.append(given.get(full, _default(kind, options)))
+                values.append(given[full] if full in given else _default(kind, options))
                 if options.get("control_after_generate"):
                     values.append("fixed")
                 if kind == DYNAMIC_COMBO:
