@@ -1,25 +1,9 @@
 """A real server and a real browser for the tests in this folder; skipped, aloud, without either."""
 
-import os
-import shutil
-
 import pytest
+from host.browse import CHROMIUM_ARGUMENTS, chromium
 from host.find import find_comfyui
 from host.serve import Server
-
-CHROMIUM_ARGUMENTS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-]
-
-
-def _chromium() -> str | None:
-    named = os.environ.get("BRAID_CHROMIUM")
-    return named or shutil.which("chromium") or shutil.which("google-chrome")
 
 
 @pytest.fixture(scope="session")
@@ -35,10 +19,10 @@ def server():
 def browser():
     """One headless Chromium for the whole session."""
     playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
-    if _chromium() is None:
+    if chromium() is None:
         pytest.skip("browser tests need chromium: install it or set BRAID_CHROMIUM")
     with playwright.sync_playwright() as api:
-        running = api.chromium.launch(executable_path=_chromium(), args=CHROMIUM_ARGUMENTS)
+        running = api.chromium.launch(executable_path=chromium(), args=CHROMIUM_ARGUMENTS)
         yield running
         running.close()
 
