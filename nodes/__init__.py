@@ -11,6 +11,7 @@ from . import (
     magcache,
     network,
     playground,
+    replacements,
     timesteps,
     training,
     training_options,
@@ -34,6 +35,7 @@ class BraidExtension(ComfyExtension):
     @override
     async def on_load(self) -> None:
         live.add_routes()
+        await replacements.register()
 
     @override
     async def get_node_list(self) -> list[type[io.ComfyNode]]:

@@ -16,6 +16,7 @@ def import_comfyui() -> bool:
     stand_ins.install()
     import comfy.options
     import torch
+    import utils.install_util  # noqa: F401  as main.py does, before comfy/utils.py can hide it
 
     if "comfy.cli_args" not in sys.modules:
         argv, sys.argv = sys.argv, ["x"] + ([] if torch.cuda.is_available() else ["--cpu"])
