@@ -9,7 +9,7 @@ demo: .venv/demo.ready  ## The main job without ComfyUI: train, average, quantis
 	$(BIN)/python -m comfyui_braid.engine.playground.demo
 
 test: .venv/test.ready  ## The whole suite; parts that need a ComfyUI or chromium say so when they are skipped
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 demo-comfyui: .venv/test.ready  ## Run the example workflow in a real ComfyUI over its API
 	cd tests && ../$(BIN)/python -m host.demo

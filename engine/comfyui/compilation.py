@@ -1,6 +1,7 @@
 """torch.compile of a model's blocks while it trains; the MODEL of the graph is left as it was."""
 
 import logging
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -15,6 +16,9 @@ from .checkpointing import find_blocks
 from .frozen import forward_replaced
 
 logger = logging.getLogger("comfyui_braid.training")
+
+
+COMPILER = ("torch._dynamo", "torch._inductor", "torch._functorch")
 
 
 class Compiled:
@@ -55,6 +59,22 @@ class Compiled:
 
         return forward
 
+    @contextmanager
+    def savable_weights(self, model: nn.Module) -> Iterator[None]:
+        """Inside, weights made under inference mode are plain tensors in the same memory.
+
+        A compiled block remembers its weights for backward, and autograd refuses those.
+        """
+        with ExitStack() as undo:
+            if self.is_on:
+                for module in model.modules():
+                    for name, weight in module._parameters.items():
+                        if type(weight) is nn.Parameter and weight.is_inference():
+                            alias = nn.Parameter(_alias(weight), requires_grad=False)
+                            module._parameters[name] = alias
+                            undo.callback(_put_back, module, name, weight, alias)
+            yield
+
 
 @contextmanager
 def compiled(model: nn.Module, compilation: Compilation | None) -> Iterator[Compiled]:
@@ -79,8 +99,25 @@ def compiled(model: nn.Module, compilation: Compilation | None) -> Iterator[Comp
         yield result
 
 
+def _alias(weight: torch.Tensor) -> torch.Tensor:
+    """A tensor that is no inference tensor, in the memory of `weight`."""
+    alias = torch.empty(0, dtype=weight.dtype, device=weight.device)
+    return alias.set_(
+        weight.untyped_storage(), weight.storage_offset(), weight.shape, weight.stride()
+    )
+
+
+def _put_back(module: nn.Module, name: str, weight: nn.Parameter, alias: nn.Parameter) -> None:
+    if module._parameters[name] is not alias:
+        return  # the host has put another one there meanwhile
+    if alias.data_ptr() != weight.data_ptr():  # the host has moved it
+        with torch.inference_mode():
+            weight.data = alias.data
+    module._parameters[name] = weight
+
+
 def compiled_steps(run: TrainingRun, compilation: Compiled) -> Iterator[TrainingStep]:
-    """The run's steps; when the first ones fail while compiling is on, again without it."""
+    """The run's steps; a step that fails for being compiled is made again without it."""
     try:
         yield from run.steps()
     except (comfy.model_management.InterruptProcessingException, torch.OutOfMemoryError):
@@ -92,13 +129,13 @@ def compiled_steps(run: TrainingRun, compilation: Compiled) -> Iterator[Training
         yield from run.steps()
 
 
-def _is_of_the_compiler(error: BaseException | None) -> bool:
-    """Whether `error`, or what caused it, was raised by torch.compile."""
-    while error is not None:
-        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+def _is_of_the_compiler(error: BaseException) -> bool:
+    """Whether `error` came out of torch.compile or of code that it made.
+
+    Where it would come without compiling too, it comes again when the step is made again.
+    """
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_globals.get("__name__", "").startswith(COMPILER) for frame, _ in frames)
 
 
 def _outermost(blocks: list[nn.Module]) -> list[nn.Module]:

@@ -96,6 +96,7 @@ def train_lora(
                 latents_shape=shape,
             )
         )
+        stack.enter_context(compilation.savable_weights(denoiser.diffusion_model))
         network = build_network(targets.selected, training.network, plan.seed, dtype)
         network.to(denoiser.device)
         stack.enter_context(attached(denoiser.diffusion_model, network))

@@ -80,6 +80,8 @@ class TrainingRun:
         self._timesteps_after_step = timesteps.state_dict()
         self._epoch_batches: tuple[int, list[list[int]]] = (-1, [])
         self._durations: deque[float] = deque(maxlen=SPEED_WINDOW)
+        self._shapes_met: set[torch.Size] = set()
+        self._warming_up = False
         self.first_step_seconds = math.nan
         """Of this session; compiling and warming up happen in it."""
 
@@ -103,7 +105,7 @@ class TrainingRun:
 
     @property
     def seconds_per_step(self) -> float:
-        """Mean of the last steps of this session without its first; that of the first before."""
+        """Mean of this session's last steps, without those that met a shape for the first time."""
         if not self._durations:
             return self.first_step_seconds
         return sum(self._durations) / len(self._durations)
@@ -114,7 +116,7 @@ class TrainingRun:
         self.timesteps.load_state_dict(self._timesteps_after_step)
         self.optimization.optimizer.zero_grad(set_to_none=True)
         while self.step < self.plan.steps:
-            started = time.perf_counter()
+            started, self._warming_up = time.perf_counter(), False
             self._pending.append(self._train_one_step())
             self.step += 1
             self._timesteps_after_step = self.timesteps.state_dict()
@@ -134,7 +136,7 @@ class TrainingRun:
     def _timed(self, seconds: float) -> float:
         if math.isnan(self.first_step_seconds):
             self.first_step_seconds = seconds
-        else:
+        if not self._warming_up:
             self._durations.append(seconds)
         return seconds
 
@@ -162,6 +164,8 @@ class TrainingRun:
         batch = self._batch(micro_step)
         items = [self.dataset.items[i] for i in batch]
         latents = torch.stack([item.latents for item in items]).to(self.device, torch.float32)
+        self._warming_up |= latents.shape not in self._shapes_met
+        self._shapes_met.add(latents.shape)
         t = self.timesteps.draw(batch, latents.shape[-2], latents.shape[-1])
         noise = torch.randn(
             latents.shape, generator=torch_generator(self.plan.seed, "noise", micro_step)

@@ -1,10 +1,10 @@
 """The public interface: node ids, inputs and outputs that shared workflows rely on."""
 
-import asyncio
 import json
 from pathlib import Path
 
 import pytest
+from host.awaiting import awaited
 
 import comfyui_braid
 
@@ -14,8 +14,8 @@ CONTRACT = json.loads((ROOT / "tests" / "goldens" / "contract.json").read_text()
 
 @pytest.fixture(scope="module")
 def nodes():
-    extension = asyncio.run(comfyui_braid.comfy_entrypoint())
-    return {node.GET_SCHEMA().node_id: node for node in asyncio.run(extension.get_node_list())}
+    extension = awaited(comfyui_braid.comfy_entrypoint())
+    return {node.GET_SCHEMA().node_id: node for node in awaited(extension.get_node_list())}
 
 
 def inputs_of(node) -> set[str]:

@@ -1,6 +1,5 @@
 """The EMA nodes in the host: files of a run to averaged LoRAs that ComfyUI's own nodes take."""
 
-import asyncio
 import json
 import logging
 import os
@@ -12,6 +11,7 @@ import folder_paths
 import pytest
 import safetensors.torch
 import torch
+from host.awaiting import awaited
 from tiny_models import build
 
 import nodes as core_nodes
@@ -244,7 +244,7 @@ def test_the_host_accepts_a_folder_that_is_typed_and_not_offered(output, monkeyp
     for node in (*NODES, *checkpoint_nodes.NODES):
         monkeypatch.setitem(core_nodes.NODE_CLASS_MAPPINGS, node.define_schema().node_id, node)
     for folder in ("made/later", str(output / "elsewhere")):
-        valid = asyncio.run(execution.validate_prompt("id", _prompt(folder), None))
+        valid = awaited(execution.validate_prompt("id", _prompt(folder), None))
         assert valid[0], valid
 
 

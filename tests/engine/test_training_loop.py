@@ -128,6 +128,20 @@ def test_fp16_scales_its_loss_skips_what_overflows_and_resumes_exactly(tmp_path)
     uninterrupted_and_resumed(tmp_path, 2, make)
 
 
+def test_the_speed_leaves_out_steps_that_met_a_shape_for_the_first_time():
+    """Compiling happens in those: batches of two and of one are each met once."""
+    run, model = make_run(dataclasses.replace(PLAN, steps=6))
+    seconds = []
+    with attached(model, run.network):
+        for step in run.steps():
+            seconds.append(step.seconds)
+    sizes = [len(record.timesteps) for record in run.history.records]
+    counted = [s for i, s in enumerate(seconds) if sizes[i] in sizes[:i]]
+    assert len(counted) == 4
+    assert run.seconds_per_step == pytest.approx(sum(counted) / 4)
+    assert run.first_step_seconds == seconds[0]
+
+
 def test_a_step_that_was_broken_off_is_made_again_in_full():
     whole = train(*make_run())
     run, model = make_run()

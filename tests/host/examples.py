@@ -374,7 +374,74 @@ def magcache(graph: Graph) -> None:
     sampled(graph, "17 steps", model["model"], others, steps=17, seed=5)
 
 
+def everything(graph: Graph) -> None:
+    """00: preview -> train -> average -> apply -> FP8 -> calibrated cache, in one graph."""
+    graph.column("1 · Model and pictures", BLUE, 400)
+    graph.note(
+        "## Everything, in one graph\n"
+        "Choose noise levels, train a LoRA with checkpoints, average them, load the model in FP8, "
+        "put the average on it, calibrate the cache, and sample with a third of the "
+        "evaluations. Nothing is downloaded; a few minutes on a CPU.",
+        170,
+    )
+    model, data = playground_data(graph, "outlined", 40)
+    network = graph.add("BraidNetwork", network_dim=16, network_alpha=16, loraplus_lr_ratio=4)
+    graph.column("2 · Noise levels and training", PURPLE, 440)
+    timesteps = graph.add(
+        "BraidTimestepSampling", timestep_sampling="sigmoid", num_timestep_buckets=8
+    )
+    checkpointing = graph.add("BraidCheckpointing", save_every_n_steps=20)
+    trained = graph.add(
+        "BraidTrainLora",
+        820,
+        model=model["model"],
+        latents=data["latents"],
+        positive=data["positive"],
+        network=network["network"],
+        timesteps=timesteps["timesteps"],
+        options=checkpointing["options"],
+        steps=200,
+        batch_size=8,
+        learning_rate=0.002,
+        output_name="everything",
+        mixed_precision="no",
+        gradient_checkpointing=False,
+    )
+    graph.column("3 · Average, FP8, apply", GREEN, 440)
+    average = graph.add(
+        "BraidPostHocEma",
+        checkpoints=trained["checkpoints"],
+        method="sigma_rel",
+        method__sigma_rel=0.15,
+        filename_prefix="",
+    )
+    quantized = graph.add("BraidFp8Loader", unet_name="braid_playground.safetensors")
+    adapted = graph.add("LoraModelLoader", model=quantized["model"], lora=average["lora"])
+    graph.column("4 · Calibrate", BROWN, 380)
+    calibrating = graph.add("BraidMagCacheCalibrate", model=adapted["model"])
+    prompts = playground_prompts(graph, "R")
+    run = sampled(graph, "Calibration run", calibrating["model"], prompts, steps=50, seed=1)
+    calibration = graph.add(
+        "BraidMagCacheCalibration",
+        calibrator=calibrating["calibrator"],
+        latent=run["LATENT"],
+        filename_prefix="",
+    )
+    graph.column("5 · Without anything", BLUE, 340)
+    sampled(graph, "bf16, no LoRA, 50 steps", model["model"], prompts, steps=50)
+    graph.column("6 · With everything", GREEN, 420)
+    cached = graph.add(
+        "BraidMagCache",
+        model=adapted["model"],
+        plan=calibration["plan"],
+        rule="planned",
+        rule__speedup=3.0,
+    )
+    sampled(graph, "FP8, average, a third computed", cached["model"], prompts, steps=50)
+
+
 WORKFLOWS: dict[str, Callable[[Graph], None]] = {
+    "00_everything": everything,
     "01_train_a_lora": train_a_lora,
     "02_choose_timesteps": choose_timesteps,
     "03_train_and_resume": train_and_resume,

@@ -1,0 +1,103 @@
+"""EMA shadows kept by a run: exact, resumable, rebuilt from the file beside the final one."""
+
+import dataclasses
+
+import comfy.model_management
+import pytest
+import safetensors.torch
+import torch
+from test_training_run import PLAN, run, same, silent, training
+from tiny_models import build
+
+from comfyui_braid.engine.checkpoints import SHADOWS_SUFFIX
+from comfyui_braid.engine.comfyui import trainer
+from comfyui_braid.engine.comfyui.trainer import train_lora
+from comfyui_braid.engine.ema.profile import gamma_from_sigma_rel, power_beta
+from comfyui_braid.engine.ema.shadows import plan_reconstruction, read_shadows_info, reconstructed
+from comfyui_braid.engine.training.options import Checkpointing, TrainingOptions
+
+LONG = dataclasses.replace(PLAN, steps=23, batch_size=1)
+
+
+def options(**changes):
+    kept = {"save_every_n_steps": 1, "save_state": True, "ema_shadows": True, **changes}
+    return TrainingOptions(checkpointing=Checkpointing(**kept))
+
+
+def shadows_of(trained):
+    return safetensors.torch.load_file(trained.checkpoints.shadows)
+
+
+def test_the_shadows_are_the_power_averages_of_the_checkpoints_they_saw(tmp_path):
+    trained = run("flux", tmp_path, plan=LONG, options=options())
+    info = read_shadows_info(trained.checkpoints.shadows)
+    assert info.step == 23
+    assert trained.checkpoints.shadows.name == f"tiny{SHADOWS_SUFFIX}"
+    files = {
+        file.step: safetensors.torch.load_file(file.path) for file in trained.checkpoints.files
+    }
+    stored = shadows_of(trained)
+    keys = [key for key in files[23] if not key.endswith(".alpha")]
+    for sigma_rel in info.sigma_rels:
+        gamma = gamma_from_sigma_rel(sigma_rel)
+        expected = {key: torch.zeros_like(files[23][key]) for key in keys}
+        for before, step in ((0, 10), (10, 20), (20, 23)):
+            beta = power_beta(gamma, step, step - before)
+            for key in keys:
+                expected[key].lerp_(files[step][key], 1 - beta)
+        for key in keys:
+            torch.testing.assert_close(stored[f"{sigma_rel}/{key}"], expected[key])
+
+
+def test_any_width_can_be_rebuilt_into_an_adapter_with_the_same_keys(tmp_path):
+    trained = run("flux", tmp_path, plan=LONG, options=options(save_every_n_steps=0))
+    plan = plan_reconstruction(trained.checkpoints, 0.1)
+    steps = reconstructed(trained.checkpoints, plan)
+    try:
+        while True:
+            next(steps)
+    except StopIteration as stop:
+        rebuilt = stop.value
+    assert rebuilt.keys() == trained.lora.keys()
+
+
+def test_shadows_of_a_run_that_was_cancelled_and_resumed_equal_those_of_the_whole_one(
+    tmp_path, monkeypatch
+):
+    few = options(save_every_n_steps=0)
+    whole = run("flux", tmp_path / "whole", plan=LONG, options=few)
+    original = trainer.saved
+
+    def cancelled_after_thirteen_steps(steps, *rest):
+        for step in original(steps, *rest):
+            if step.step == 13:  # between two updates
+                comfy.model_management.interrupt_current_processing()
+            yield step
+
+    monkeypatch.setattr(trainer, "saved", cancelled_after_thirteen_steps)
+    with (
+        torch.inference_mode(),
+        pytest.raises(comfy.model_management.InterruptProcessingException),
+    ):
+        part = training("flux", tmp_path / "part", plan=LONG, options=few)
+        train_lora(build("flux"), part, silent)
+    monkeypatch.undo()
+    going_on = options(save_every_n_steps=0, resume="latest")
+    resumed = run("flux", tmp_path / "part", plan=LONG, options=going_on)
+    assert same(resumed.lora, whole.lora)
+    assert same(shadows_of(resumed), shadows_of(whole))
+
+
+def test_a_resume_that_would_start_shadows_in_mid_run_is_refused(tmp_path):
+    short = dataclasses.replace(PLAN, steps=2)
+    run("flux", tmp_path, plan=short, options=options(ema_shadows=False))
+    with pytest.raises(ValueError, match="ema_shadows False, this run has True"):
+        run("flux", tmp_path, options=options(resume="latest"))
+
+
+def test_training_is_the_same_with_and_without_shadows(tmp_path):
+    plan = dataclasses.replace(PLAN, steps=2)
+    with_shadows = run("flux", tmp_path, plan=plan, options=options())
+    without = run("flux", tmp_path, plan=plan)
+    assert same(with_shadows.lora, without.lora)
+    assert without.checkpoints.shadows is None
