@@ -91,8 +91,3 @@ def test_a_pack_that_is_there_keeps_its_own_node(manager, monkeypatch):
     kept = prompt()
     manager.apply_replacements(kept)
     assert kept == prompt()
-
-
-def test_registering_twice_leaves_one(manager):
-    asyncio.run(replacements.register())
-    assert len(manager.get_replacement("MagCache")) == 1
