@@ -14,14 +14,14 @@ from pathlib import Path
 from .browse import browsing
 from .find import PACK
 from .serve import Server
-from .workflows import Graph, Node
+from .workflows import BLUE, GREEN, PURPLE, Graph, Node
 
 FOLDER = PACK / "subgraphs"
 INPUTS, OUTPUTS = -10, -20
 """The ids that the front end gives the two ends of a subgraph."""
 NAMESPACE = uuid.UUID("6f1c0b1e-9d0e-5b7a-8f1d-2b7a1d000008")
 """Of the ids below, which stay the same when a blueprint is written again."""
-PURPLE, GREEN, BLUE = "#6a4a8a", "#4a7a4a", "#3f5f8a"
+LINK = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -159,10 +159,11 @@ SERIALIZE = """async (workflow) => {
 def to_json(blueprint: Blueprint, graph: Graph, frame: Frame) -> dict:
     """The file of a blueprint, from a graph whose nodes the front end has serialized."""
     nodes = {node["id"]: node for node in graph.nodes}
-    links = [_link(*link) for link in graph.links]
+    links = [dict(zip(LINK, link, strict=True)) for link in graph.links]
 
     def link(origin: tuple[int, int], target: tuple[int, int], kind: str) -> int:
-        links.append(_link(len(links) + 1, *origin, *target, kind))
+        made = (len(links) + 1, *origin, *target, kind)
+        links.append(dict(zip(LINK, made, strict=True)))
         return len(links)
 
     inputs, outputs = [], []
@@ -185,17 +186,6 @@ def to_json(blueprint: Blueprint, graph: Graph, frame: Frame) -> dict:
         source[at]["links"] = [*(source[at].get("links") or []), number]
         outputs.append(_end(blueprint, "output", name, source[at]["type"], [number]))
     return _file(blueprint, graph, links, inputs, outputs, frame)
-
-
-def _link(number, origin, origin_slot, target, target_slot, kind) -> dict:
-    return {
-        "id": number,
-        "origin_id": origin,
-        "origin_slot": origin_slot,
-        "target_id": target,
-        "target_slot": target_slot,
-        "type": kind,
-    }
 
 
 def _end(blueprint: Blueprint, side: str, name: str, kind: str, links: list[int]) -> dict:

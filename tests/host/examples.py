@@ -10,9 +10,7 @@ from collections.abc import Callable
 from . import real_models
 from .browse import browsing
 from .serve import Server
-from .workflows import EXAMPLES, Graph, Node
-
-BLUE, GREEN, PURPLE, BROWN = "#3f5f8a", "#4a7a4a", "#6a4a8a", "#8a6a3a"
+from .workflows import BLUE, BROWN, EXAMPLES, GREEN, PURPLE, Graph, Node
 
 
 def playground_data(graph: Graph, style: str, count: int) -> tuple[Node, Node]:

@@ -10,9 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from .find import PACK
-from .workflows import Graph, Node
+from .workflows import BLUE, BROWN, GREEN, PURPLE, Graph, Node
 
-BLUE, GREEN, PURPLE, BROWN = "#3f5f8a", "#4a7a4a", "#6a4a8a", "#8a6a3a"
 HUB = "https://huggingface.co/"
 WAN = "Comfy-Org/Wan_2.1_ComfyUI_repackaged/resolve/main/split_files/"
 QWEN = "Comfy-Org/Qwen-Image_ComfyUI/resolve/main/split_files/"
@@ -137,13 +136,8 @@ def twice_sampled(
 ) -> None:
     """The same noise with every step computed, and with MagCache."""
     positive, negative, latent = prompts
-    inputs = {
-        "positive": positive["CONDITIONING"],
-        "negative": negative["CONDITIONING"],
-        "latent_image": latent["LATENT"],
-        "seed": 42,
-        **settings,
-    }
+    inputs = {"positive": positive["CONDITIONING"], "negative": negative["CONDITIONING"]}
+    inputs |= {"latent_image": latent["LATENT"], "seed": 42, **settings}
     graph.column("8 · Every step computed", BLUE, 340)
     show(graph.add("KSampler", title="Every step", model=model, **inputs)["LATENT"])
     graph.column("9 · With MagCache", GREEN, 420)

@@ -18,6 +18,8 @@ DYNAMIC_COMBO = "COMFY_DYNAMICCOMBO_V3"
 WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", DYNAMIC_COMBO}
 NOTES = {"Note", "MarkdownNote"}
 TITLE_HEIGHT, GAP = 30, 20
+BLUE, GREEN, PURPLE, BROWN = "#3f5f8a", "#4a7a4a", "#6a4a8a", "#8a6a3a"
+"""Of groups."""
 
 
 def read_workflow(path: Path) -> dict:
