@@ -3,13 +3,17 @@
 import dataclasses
 import logging
 
+import comfy.sd
 import pytest
 import torch
+from fp8_files import write_model
 from test_training_run import PLAN, run, sampled, silent, training
 from tiny_models import build
 
 from comfyui_braid.engine.comfyui.compilation import compiled
+from comfyui_braid.engine.comfyui.loader import Fp8Request, load_fp8
 from comfyui_braid.engine.comfyui.trainer import train_lora
+from comfyui_braid.engine.fp8.policy import Fp8Policy
 from comfyui_braid.engine.network.spec import NetworkSpec, TargetPatterns
 from comfyui_braid.engine.training.options import Compilation, TrainingOptions
 
@@ -66,6 +70,37 @@ def test_code_of_a_block_without_adapters_never_serves_a_block_with_them(tmp_pat
     for key, tensor in plain.lora.items():
         torch.testing.assert_close(trained.lora[key], tensor, rtol=1e-3, atol=1e-5)
     assert any("lora_up" in key or "lora_B" in key for key in plain.lora)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "block"])
+def test_on_an_fp8_base_a_run_finishes_with_the_losses_of_an_uncompiled_one(
+    granularity, tmp_path, monkeypatch
+):
+    path = write_model(tmp_path, monkeypatch, "flux")
+    request = Fp8Request(path=path, policy=Fp8Policy(granularity=granularity))
+    trained = []
+    for options_ in (TrainingOptions(), options()):
+        with torch.inference_mode():
+            patcher = load_fp8(request).patcher
+            run_ = training("flux", tmp_path / "loras", plan=SHORT, options=options_)
+            trained.append(train_lora(patcher, run_, silent))
+    plain, compiled_ = trained
+    assert compiled_.loss_map["loss"] == pytest.approx(plain.loss_map["loss"], rel=1e-4)
+    assert compiled_.report["compiled"] == "6 blocks"
+
+
+def test_a_model_with_a_lora_on_it_compiles_with_that_lora(tmp_path):
+    first = run("flux", tmp_path, plan=SHORT)
+    losses = []
+    for options_ in (TrainingOptions(), options()):
+        with torch.inference_mode():
+            patcher, _ = comfy.sd.load_lora_for_models(build("flux"), None, first.lora, 8.0, 0.0)
+            run_ = training("flux", tmp_path, plan=SHORT, options=options_)
+            trained = train_lora(patcher, run_, silent)
+            losses.append(trained.loss_map["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[0] != pytest.approx(first.loss_map["loss"], rel=1e-5)
+    assert trained.report["compiled"] == "6 blocks"
 
 
 def broken_backend(error, at_backward):
