@@ -172,7 +172,8 @@ class BraidTrainLora(io.ComfyNode):
                     "drawn for Timestep Distribution Preview.",
                 ),
                 sockets.Checkpoints.Output(
-                    "checkpoints", tooltip="Every kept step checkpoint, for Post-Hoc EMA."
+                    "checkpoints",
+                    tooltip="Every kept step checkpoint, the finished adapter and the EMA shadows.",
                 ),
                 io.String.Output("report", tooltip="The resolved configuration of the run, JSON."),
             ],

@@ -268,7 +268,8 @@ class BraidCompile(io.ComfyNode):
                 io.Boolean.Input(
                     "dynamo_fullgraph",
                     default=False,
-                    tooltip="Fail where a block cannot be compiled whole, instead of splitting it.",
+                    tooltip="Compile each block whole or not at all: where that cannot be done, the "
+                    "run goes on uncompiled, with a warning.",
                 ),
                 io.Combo.Input(
                     "dynamo_dynamic",

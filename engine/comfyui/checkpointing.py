@@ -55,6 +55,19 @@ def find_blocks(model: nn.Module) -> list[nn.Module]:
     return list(found)
 
 
+def graphs_alive(model: nn.Module, checkpointing: bool) -> float:
+    """Memory of a training step's activations over the host's estimate for one forward pass.
+
+    Counted, not measured: the host reserves about 1 GB for FLUX at 1024 x 1024 in bfloat16; one of
+    its 57 blocks saves about 20 tensors of tokens x width, half a gigabyte, and a checkpointed one
+    keeps its two inputs.
+    """
+    blocks = find_blocks(model)
+    inner = {part for block in blocks for part in block.modules() if part is not block}
+    outermost = sum(block not in inner for block in blocks)
+    return 3 if checkpointing else 3 + outermost / 2
+
+
 @dataclass(slots=True)
 class _Running:
     """Whether a checkpointed block is being run, so that those inside it run plainly."""

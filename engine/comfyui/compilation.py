@@ -9,6 +9,7 @@ from typing import Any
 import comfy.model_management
 import torch
 from torch import nn
+from torch._functorch import config as functorch_config
 
 from ..training.loop import TrainingRun, TrainingStep
 from ..training.options import Compilation
@@ -89,9 +90,18 @@ def compiled(model: nn.Module, compilation: Compilation | None) -> Iterator[Comp
     _check_backend(compilation)
     blocks = _outermost(find_blocks(model))
     with ExitStack() as undo:
-        # each block is traced by itself; torch gives up after 8 of a kind
-        limit = max(torch._dynamo.config.cache_size_limit, 4 * len(blocks))
-        undo.enter_context(torch._dynamo.config.patch(cache_size_limit=limit))
+        config = torch._dynamo.config
+        settings = {
+            # each block is traced by itself; torch gives up after 8 of a kind
+            "cache_size_limit": max(config.cache_size_limit, 4 * len(blocks)),
+            # adapters hang on hooks: code of a block without one must not serve a block with one
+            "skip_nnmodule_hook_guards": False,
+        }
+        undo.enter_context(config.patch(**settings))
+        if hasattr(
+            functorch_config, "donated_buffer"
+        ):  # torch 2.6; the session tries backward once
+            undo.enter_context(functorch_config.patch(donated_buffer=False))
         for block in blocks:
             forward = result.forward(block.forward, compilation)
             undo.enter_context(forward_replaced(block, forward))
@@ -118,12 +128,14 @@ def _put_back(module: nn.Module, name: str, weight: nn.Parameter, alias: nn.Para
 
 def compiled_steps(run: TrainingRun, compilation: Compiled) -> Iterator[TrainingStep]:
     """The run's steps; a step that fails for being compiled is made again without it."""
+    started_at = run.step
     try:
         yield from run.steps()
     except (comfy.model_management.InterruptProcessingException, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        if not (compilation.is_on and _is_of_the_compiler(error)):
+        first = run.step == started_at  # whatever broke it, it is worth trying without
+        if not (compilation.is_on and (first or _is_of_the_compiler(error))):
             raise
         compilation.turn_off(error)
         yield from run.steps()

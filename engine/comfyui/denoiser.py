@@ -27,7 +27,7 @@ from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrapper
 from torch import Tensor, nn
 
 from . import objective
-from .checkpointing import checkpointed, find_blocks
+from .checkpointing import checkpointed, graphs_alive
 from .conditioning import Conditioning, encode, groups, settled, stacked
 from .frozen import frozen
 from .inplace import differentiates, guarded
@@ -247,9 +247,7 @@ def _load(
     management = comfy.model_management
     ours = [m for m in management.current_loaded_models if m.model and m.model.is_clone(patcher)]
     management.free_memory(1e30, patcher.load_device, keep_loaded=ours)
-    blocks = len(find_blocks(patcher.model.diffusion_model))
-    # measured on FLUX: a block's graph is about half of what sampling needs in all
-    graphs = 3 if checkpointing else 3 + blocks / 2
+    graphs = graphs_alive(patcher.model.diffusion_model, checkpointing)
     needed = graphs * patcher.model.memory_required(list(latents_shape))
     management.load_models_gpu(
         [patcher, *patcher.get_nested_additional_models()],

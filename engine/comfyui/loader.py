@@ -111,7 +111,7 @@ def _diffusion_model(source: TensorSource) -> dict[str, Tensor]:
 
 
 def _as_it_is(already: Fp8Checkpoint, request: Fp8Request) -> tuple[dict[str, Tensor], Fp8Report]:
-    if request.lora is not None:
+    if request.lora is not None and request.lora_strength != 0.0:
         raise ValueError(
             f"{request.path.name} is FP8 already ({already.origin}); a LoRA can be merged before "
             "quantising only from a bf16, fp16 or fp32 file: use Load LoRA after this node instead"

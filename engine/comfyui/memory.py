@@ -7,7 +7,7 @@ import comfy.model_management
 import psutil
 from comfy.model_patcher import ModelPatcher
 
-from .checkpointing import find_blocks
+from .checkpointing import graphs_alive
 
 OPTIMIZER_BYTES_PER_PARAMETER = 4 + 4 + 8  # weight, gradient, two float32 moments
 GIB = 1024**3
@@ -53,8 +53,7 @@ def estimate_memory(
     `offload`: the weights of the base stay in main memory.
     """
     forward = patcher.model.memory_required(list(batch_shape))
-    blocks = len(find_blocks(patcher.model.diffusion_model))
-    graphs = 3 if gradient_checkpointing else 3 + blocks / 2
+    graphs = graphs_alive(patcher.model.diffusion_model, gradient_checkpointing)
     management = comfy.model_management
     device = patcher.load_device
     if management.is_device_cpu(device):  # where the weights are in memory already

@@ -80,7 +80,7 @@ def train_lora(
     state_file = find_state(training.loras, plan.output_name, training.checkpointing.resume)
     folder = run_folder(training.loras, plan.output_name, state_file)
     _check_writable(folder)
-    dtype = COMPUTE_DTYPES.get(plan.mixed_precision) or patcher.model_dtype()
+    dtype = COMPUTE_DTYPES.get(plan.mixed_precision) or patcher.model.get_dtype_inference()
     with ExitStack() as stack:
         # before the session, so that it is the blocks that are compiled, not their checkpointing
         compilation = stack.enter_context(

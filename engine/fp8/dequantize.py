@@ -30,10 +30,12 @@ def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     if torch.compiler.is_compiling():
         return _traced(codes, scale, dtype)
     weight = torch.empty(codes.shape, dtype=dtype, device=codes.device)
-    for rows in row_chunks(*codes.shape, codes.device):
-        values = decode(codes[rows], torch.float32)
-        grouped = values.view(values.shape[0], *_groups(scale), -1)
-        grouped.mul_(scale[rows] if scale.ndim else scale)
+    chunks = list(row_chunks(*codes.shape, codes.device))
+    buffers = _decoding_buffers(codes[chunks[0]]) if chunks and _has_pairs(codes) else None
+    for rows in chunks:
+        part = codes[rows]
+        values = part.to(torch.float32) if buffers is None else _decode_into(part, *buffers)
+        values.view(len(values), *_groups(scale), -1).mul_(scale[rows] if scale.ndim else scale)
         weight[rows] = values
     return weight
 
@@ -64,13 +66,30 @@ def decode(codes: Tensor, dtype: torch.dtype) -> Tensor:
     """Codes -> their exact values in `dtype`, without a scale.
 
     A CPU converts FP8 slowly; two codes at a time, read as one index into a table of 65536 pairs,
-    take a tenth of the time.
+    take a seventh of the time.
     """
-    if codes.device.type != "cpu" or codes.numel() % 2 or not codes.is_contiguous():
+    if not _has_pairs(codes):
         return codes.to(dtype)
-    index = codes.view(-1).view(torch.uint8).view(torch.uint16).to(torch.int32)
-    pairs = torch.index_select(_pair_table(codes.dtype, dtype), 0, index)
-    return pairs.view(dtype).view(codes.shape)
+    return _decode_into(codes, *_decoding_buffers(codes, dtype))
+
+
+def _has_pairs(codes: Tensor) -> bool:
+    return codes.device.type == "cpu" and codes.shape[-1] % 2 == 0 and codes.is_contiguous()
+
+
+def _decoding_buffers(codes: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Index and values for `codes`, or for fewer of them: making them anew takes a quarter more."""
+    index = torch.empty(codes.numel() // 2, dtype=torch.int32)
+    return index, torch.empty(codes.shape, dtype=dtype)
+
+
+def _decode_into(codes: Tensor, index: Tensor, values: Tensor) -> Tensor:
+    """Fill the start of `values` with the values of `codes` (contiguous, of an even width)."""
+    index, values = index[: codes.numel() // 2], values[: len(codes)]
+    index.copy_(codes.view(-1).view(torch.uint8).view(torch.uint16))
+    words = values.view(-1).view(_WORD_OF_PAIR[values.dtype.itemsize])
+    torch.index_select(_pair_table(codes.dtype, values.dtype), 0, index, out=words)
+    return values
 
 
 @lru_cache(maxsize=8)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from tiny_models import MODELS, build
 from torch import nn
 
-from comfyui_braid.engine.comfyui.checkpointing import checkpointed, find_blocks
+from comfyui_braid.engine.comfyui.checkpointing import checkpointed, find_blocks, graphs_alive
 from comfyui_braid.engine.comfyui.frozen import frozen
 from comfyui_braid.engine.comfyui.inplace import differentiates
 
@@ -28,6 +28,8 @@ def test_every_repeated_block_of_an_architecture_is_found(name):
     found = find_blocks(model)
     outermost = [b for b in found if not any(b in set(o.modules()) for o in found if o is not b)]
     assert len(outermost) == BLOCKS[name]
+    assert graphs_alive(model, checkpointing=False) == 3 + BLOCKS[name] / 2
+    assert graphs_alive(model, checkpointing=True) == 3
 
 
 def test_the_transformers_and_residual_blocks_of_a_unet_are_found():

@@ -3,13 +3,18 @@
 import dataclasses
 import logging
 
+import comfy.sd
 import pytest
 import torch
+from fp8_files import write_model
 from test_training_run import PLAN, run, sampled, silent, training
 from tiny_models import build
 
 from comfyui_braid.engine.comfyui.compilation import compiled
+from comfyui_braid.engine.comfyui.loader import Fp8Request, load_fp8
 from comfyui_braid.engine.comfyui.trainer import train_lora
+from comfyui_braid.engine.fp8.policy import Fp8Policy
+from comfyui_braid.engine.network.spec import NetworkSpec, TargetPatterns
 from comfyui_braid.engine.training.options import Compilation, TrainingOptions
 
 SHORT = dataclasses.replace(PLAN, steps=2, batch_size=1)
@@ -25,27 +30,77 @@ def _no_compiled_code_left():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+BLOCKS = {"flux": 6, "wan": 3, "qwen_image": 2, "lumina2": 4}
+
+
+@pytest.mark.parametrize(
+    "name, checkpointing",
+    [("flux", False), ("flux", True), ("wan", False), ("qwen_image", True), ("lumina2", False)],
+)
 def test_a_compiled_run_has_the_losses_of_a_plain_one_and_leaves_the_model_alone(
-    checkpointing, tmp_path
+    name, checkpointing, tmp_path
 ):
     plan = dataclasses.replace(SHORT, gradient_checkpointing=checkpointing)
-    plain = run("flux", tmp_path, plan=plan)
+    plain = run(name, tmp_path, plan=plan)
     with torch.inference_mode():
-        patcher = build("flux")
-    before = sampled(patcher, "flux")
-    weights = {name: p for name, p in patcher.model.named_parameters()}
+        patcher = build(name)
+    before = sampled(patcher, name)
+    weights = dict(patcher.model.named_parameters())
     limit = torch._dynamo.config.cache_size_limit
     with torch.inference_mode():
         trained = train_lora(
-            patcher, training("flux", tmp_path, plan=plan, options=options()), silent
+            patcher, training(name, tmp_path, plan=plan, options=options()), silent
         )
-    assert trained.report["compiled"] == "6 blocks"
+    assert trained.report["compiled"] == f"{BLOCKS[name]} blocks"
     assert trained.loss_map["loss"] == pytest.approx(plain.loss_map["loss"], rel=1e-5)
-    assert torch.equal(sampled(patcher, "flux"), before)
-    assert all(weights[name] is p for name, p in patcher.model.named_parameters())
+    assert torch.equal(sampled(patcher, name), before)
+    assert all(weights[key] is p for key, p in patcher.model.named_parameters())
     assert not any("forward" in vars(module) for module in patcher.model.modules())
     assert torch._dynamo.config.cache_size_limit == limit
+
+
+def test_code_of_a_block_without_adapters_never_serves_a_block_with_them(tmp_path):
+    """Torch leaves hooks out of its guards; without ours the adapters would not be trained."""
+    adapted = TargetPatterns(mode="whitelist", include=(r".*single_blocks\.[23]\..*",))
+    plan = dataclasses.replace(SHORT, gradient_checkpointing=False)
+    changes = {"plan": plan, "network": NetworkSpec(rank=4, alpha=4, targets=adapted)}
+    plain = run("flux", tmp_path, **changes)
+    trained = run("flux", tmp_path, **changes, options=options())
+    assert trained.report["compiled"] == "6 blocks"
+    for key, tensor in plain.lora.items():
+        torch.testing.assert_close(trained.lora[key], tensor, rtol=1e-3, atol=1e-5)
+    assert any("lora_up" in key or "lora_B" in key for key in plain.lora)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "block"])
+def test_on_an_fp8_base_a_run_finishes_with_the_losses_of_an_uncompiled_one(
+    granularity, tmp_path, monkeypatch
+):
+    path = write_model(tmp_path, monkeypatch, "flux")
+    request = Fp8Request(path=path, policy=Fp8Policy(granularity=granularity))
+    trained = []
+    for options_ in (TrainingOptions(), options()):
+        with torch.inference_mode():
+            patcher = load_fp8(request).patcher
+            run_ = training("flux", tmp_path / "loras", plan=SHORT, options=options_)
+            trained.append(train_lora(patcher, run_, silent))
+    plain, compiled_ = trained
+    assert compiled_.loss_map["loss"] == pytest.approx(plain.loss_map["loss"], rel=1e-4)
+    assert compiled_.report["compiled"] == "6 blocks"
+
+
+def test_a_model_with_a_lora_on_it_compiles_with_that_lora(tmp_path):
+    first = run("flux", tmp_path, plan=SHORT)
+    losses = []
+    for options_ in (TrainingOptions(), options()):
+        with torch.inference_mode():
+            patcher, _ = comfy.sd.load_lora_for_models(build("flux"), None, first.lora, 8.0, 0.0)
+            run_ = training("flux", tmp_path, plan=SHORT, options=options_)
+            trained = train_lora(patcher, run_, silent)
+            losses.append(trained.loss_map["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[0] != pytest.approx(first.loss_map["loss"], rel=1e-5)
+    assert trained.report["compiled"] == "6 blocks"
 
 
 def broken_backend(error, at_backward):

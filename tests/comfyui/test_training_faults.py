@@ -1,0 +1,180 @@
+"""What goes wrong around a run, as its user meets it: a clear sentence, and nothing lost."""
+
+import dataclasses
+import errno
+import logging
+import math
+
+import comfy.model_management
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+from test_training_run import PLAN, run, same, silent, training
+from tiny_models import build, conditioning, latent
+
+from comfyui_braid.engine import files
+from comfyui_braid.engine.comfyui import trainer
+from comfyui_braid.engine.comfyui.denoiser import ComfyDenoiser
+from comfyui_braid.engine.comfyui.items import pair_items
+from comfyui_braid.engine.comfyui.trainer import train_lora
+from comfyui_braid.engine.training.loop import TrainingDiverged
+from comfyui_braid.engine.training.options import Checkpointing, TrainingLog, TrainingOptions
+
+SHORT = dataclasses.replace(PLAN, steps=3, batch_size=1)
+SAVING = TrainingOptions(checkpointing=Checkpointing(save_every_n_steps=1, save_state=True))
+RESUMING = TrainingOptions(checkpointing=Checkpointing(save_state=True, resume="latest"))
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """Writes of safetensors fail while the list holds something."""
+    full = []
+    original = safetensors.torch.save_file
+
+    def save(tensors, path, metadata=None):
+        if full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(tensors, path, metadata)
+
+    monkeypatch.setattr(files.safetensors.torch, "save_file", save)
+    return full
+
+
+def test_a_finished_lora_that_cannot_be_saved_is_handed_to_the_graph_all_the_same(
+    tmp_path, full_disk
+):
+    whole = run("flux", tmp_path, plan=SHORT)
+    full_disk.append(True)
+    said = []
+    with torch.inference_mode():
+        trained = train_lora(
+            build("flux"), training("flux", tmp_path, plan=SHORT, options=SAVING), said.append
+        )
+    assert same(trained.lora, whole.lora)
+    assert "No space left" in said[-1] and "Save LoRA" in said[-1]
+    assert said[-1] in trained.report["warnings"] and "file" not in trained.report
+    assert not list((tmp_path / "tiny_2").iterdir())
+
+
+def test_cancelling_on_a_full_disk_says_what_is_left_and_stays_a_cancel(
+    tmp_path, full_disk, monkeypatch
+):
+    original = trainer.saved
+
+    def cancelled(steps, *rest):
+        for step in original(steps, *rest):
+            if step.step == 2:
+                full_disk.append(True)
+                comfy.model_management.interrupt_current_processing()
+            yield step
+
+    monkeypatch.setattr(trainer, "saved", cancelled)
+    said = []
+    with (
+        torch.inference_mode(),
+        pytest.raises(comfy.model_management.InterruptProcessingException),
+    ):
+        train_lora(
+            build("flux"), training("flux", tmp_path, plan=SHORT, options=SAVING), said.append
+        )
+    assert "saving failed" in said[-1] and "No space left" in said[-1]
+    for path in (tmp_path / "tiny").glob("*.safetensors"):
+        assert safetensors.torch.load_file(path)
+
+
+def test_a_diverged_run_saves_its_last_finite_adapter_and_says_why_it_stopped(
+    tmp_path, monkeypatch
+):
+    original, calls = ComfyDenoiser.target, []
+
+    def broken(self, latents, noise, t):
+        calls.append(t)
+        return original(self, latents, noise, t) * (math.nan if len(calls) == 3 else 1.0)
+
+    monkeypatch.setattr(ComfyDenoiser, "target", broken)
+    with pytest.raises(TrainingDiverged, match="became nan at step 3.*lower learning_rate"):
+        run("flux", tmp_path, plan=SHORT)
+    saved = tmp_path / "tiny" / "tiny-step00000002.safetensors"
+    assert all(torch.isfinite(t).all() for t in safetensors.torch.load_file(saved).values())
+    assert saved.with_suffix(".state").exists()
+
+
+def changed_pairs(what):
+    latents = [{"samples": latent("flux", 1, seed=i)} for i in range(3)]
+    positive = [conditioning("flux", i) for i in range(3)]
+    match what:
+        case "picture":
+            latents[1] = {"samples": latents[1]["samples"] + 1e-6}
+        case "prompt":
+            positive[1] = conditioning("flux", 9)
+        case "order":
+            latents.reverse()
+        case "one more":
+            latents.append(latents[0])
+            positive.append(positive[0])
+    return pair_items(latents, positive)
+
+
+@pytest.mark.parametrize("what", ["picture", "prompt", "order", "one more"])
+def test_resuming_with_a_changed_dataset_is_refused(what, tmp_path):
+    run("flux", tmp_path, plan=dataclasses.replace(SHORT, steps=1), options=SAVING)
+    with pytest.raises(ValueError, match="saved with data .* this run has .*start afresh"):
+        run("flux", tmp_path, plan=SHORT, options=RESUMING, pairs=changed_pairs(what))
+    run("flux", tmp_path, plan=SHORT, options=RESUMING, pairs=changed_pairs("nothing"))
+
+
+def test_resuming_on_another_architecture_is_refused(tmp_path):
+    run("flux", tmp_path, plan=dataclasses.replace(SHORT, steps=1), options=SAVING)
+    with pytest.raises(ValueError, match="saved with architecture .*FLUX.* this run has"):
+        run("qwen_image", tmp_path, plan=SHORT, options=RESUMING)
+
+
+def test_resume_latest_without_a_state_starts_afresh_and_a_longer_run_goes_on(tmp_path):
+    first = run("flux", tmp_path, plan=SHORT, options=RESUMING)
+    assert first.report["steps_done"] == 3
+    with pytest.raises(ValueError, match="already at step 3 of 3; raise steps"):
+        run("flux", tmp_path, plan=SHORT, options=RESUMING)
+    longer = dataclasses.replace(SHORT, steps=4)
+    further = run("flux", tmp_path, plan=longer, options=RESUMING)
+    assert same(further.lora, run("flux", tmp_path / "whole", plan=longer).lora)
+    assert (tmp_path / "tiny" / "tiny-step00000004.state").exists()
+
+
+def test_a_missing_log_package_is_said_before_the_first_step(tmp_path, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    log = TrainingLog(log_with="tensorboard", logging_dir=tmp_path / "logs")
+    with pytest.raises(ValueError, match="pip install tensorboard"):
+        run("flux", tmp_path, plan=SHORT, options=TrainingOptions(log=log))
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_read_only_output_is_refused_before_training(tmp_path, monkeypatch):
+    def denied(*args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(files.tempfile, "mkstemp", denied)
+    with pytest.raises(ValueError, match="cannot be saved under .*Permission denied"):
+        run("flux", tmp_path, plan=SHORT)
+
+
+def test_files_hold_the_whole_configuration_and_no_path_of_this_machine(tmp_path):
+    trained = run("flux", tmp_path, plan=SHORT, options=SAVING)
+    for path in sorted((tmp_path / "tiny").glob("*.safetensors")):
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        assert str(tmp_path) not in str(metadata)
+        for key in ("ss_steps", "ss_epoch", "braid_loss", "braid_config", "sshs_model_hash"):
+            assert metadata[key], key
+        assert '"data": "' in metadata["braid_config"]
+        assert metadata["ss_optimizer"] == "torch.optim.adamw.AdamW"
+    assert trained.report["folder"] == str(tmp_path / "tiny")
+    assert trained.report["compiled"] == "no" and trained.report["seconds_per_step"] > 0
+
+
+def test_nothing_is_said_where_nothing_happened(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, "comfyui_braid"), torch.inference_mode():
+        train_lora(build("flux"), training("flux", tmp_path, plan=SHORT), silent)
+    assert caplog.text == ""
