@@ -21,6 +21,23 @@ def playground_data(graph: Graph, style: str, count: int) -> tuple[Node, Node]:
     return model, data
 
 
+def playground_training(graph: Graph, height: int, parts: tuple[Node, Node, Node], **given) -> Node:
+    """Train LoRA on (model, dataset, network) of the playground, as a CPU likes it."""
+    model, data, network = parts
+    return graph.add(
+        "BraidTrainLora",
+        height,
+        model=model["model"],
+        latents=data["latents"],
+        positive=data["positive"],
+        network=network["network"],
+        batch_size=8,
+        mixed_precision="no",
+        gradient_checkpointing=False,
+        **given,
+    )
+
+
 def playground_prompts(graph: Graph, letter: str) -> tuple[Node, Node, Node]:
     """(positive, negative, latent) for sampling one letter four times."""
     positive = graph.add("BraidPlaygroundPrompt", title="Letter", glyph=letter)
@@ -73,21 +90,15 @@ def train_a_lora(graph: Graph) -> None:
     graph.add("BraidPreviewTargets", 320, model=model["model"], network=network["network"])
     graph.column("3 · Train", GREEN, 440)
     timesteps = graph.add("BraidTimestepSampling", timestep_sampling="sigmoid")
-    trained = graph.add(
-        "BraidTrainLora",
+    trained = playground_training(
+        graph,
         820,
-        model=model["model"],
-        latents=data["latents"],
-        positive=data["positive"],
-        network=network["network"],
+        (model, data, network),
         timesteps=timesteps["timesteps"],
         steps=300,
-        batch_size=8,
         learning_rate=0.002,
         seed=42,
         output_name="outlined",
-        mixed_precision="no",
-        gradient_checkpointing=False,
     )
     graph.column("4 · Apply", BROWN, 320)
     adapted = graph.add("LoraModelLoader", model=model["model"], lora=trained["lora"])
@@ -140,20 +151,14 @@ def choose_timesteps(graph: Graph) -> None:
     graph.column("2 · A short run", GREEN, 420)
     model, data = playground_data(graph, "slanted", 20)
     network = graph.add("BraidNetwork", network_dim=4, network_alpha=4)
-    trained = graph.add(
-        "BraidTrainLora",
+    trained = playground_training(
+        graph,
         780,
-        model=model["model"],
-        latents=data["latents"],
-        positive=data["positive"],
-        network=network["network"],
+        (model, data, network),
         timesteps=timesteps["timesteps"],
         steps=60,
-        batch_size=8,
         learning_rate=0.001,
         output_name="slanted",
-        mixed_precision="no",
-        gradient_checkpointing=False,
     )
     graph.column("3 · Planned and drawn", BLUE, 480)
     preview = graph.add(
@@ -217,22 +222,16 @@ def train_and_resume(graph: Graph) -> None:
     )
     log = graph.add("BraidTrainingLog", log_prefix="checkered_", options=preview["options"])
     graph.column("4 · Train", GREEN, 520)
-    trained = graph.add(
-        "BraidTrainLora",
+    trained = playground_training(
+        graph,
         900,
-        model=model["model"],
-        latents=data["latents"],
-        positive=data["positive"],
-        network=network["network"],
+        (model, data, network),
         timesteps=timesteps["timesteps"],
         optimizer=optimizer["optimizer"],
         options=log["options"],
         steps=160,
-        batch_size=8,
         learning_rate=0.002,
         output_name="checkered",
-        mixed_precision="no",
-        gradient_checkpointing=False,
     )
     graph.add("PreviewAny", 240, title="Resolved configuration", source=trained["report"])
     graph.column("5 · Result", BLUE, 340)
@@ -255,20 +254,14 @@ def post_hoc_ema(graph: Graph) -> None:
     network = graph.add("BraidNetwork", network_dim=16, network_alpha=16, loraplus_lr_ratio=4)
     checkpointing = graph.add("BraidCheckpointing", save_every_n_steps=20, ema_shadows=True)
     graph.column("2 · Train", GREEN, 440)
-    trained = graph.add(
-        "BraidTrainLora",
+    trained = playground_training(
+        graph,
         820,
-        model=model["model"],
-        latents=data["latents"],
-        positive=data["positive"],
-        network=network["network"],
+        (model, data, network),
         options=checkpointing["options"],
         steps=200,
-        batch_size=8,
         learning_rate=0.002,
         output_name="ema",
-        mixed_precision="no",
-        gradient_checkpointing=False,
     )
     graph.column("3 · Average", PURPLE, 460)
     average = graph.add(
@@ -391,21 +384,15 @@ def everything(graph: Graph) -> None:
         "BraidTimestepSampling", timestep_sampling="sigmoid", num_timestep_buckets=8
     )
     checkpointing = graph.add("BraidCheckpointing", save_every_n_steps=20)
-    trained = graph.add(
-        "BraidTrainLora",
+    trained = playground_training(
+        graph,
         820,
-        model=model["model"],
-        latents=data["latents"],
-        positive=data["positive"],
-        network=network["network"],
+        (model, data, network),
         timesteps=timesteps["timesteps"],
         options=checkpointing["options"],
         steps=200,
-        batch_size=8,
         learning_rate=0.002,
         output_name="everything",
-        mixed_precision="no",
-        gradient_checkpointing=False,
     )
     graph.column("3 · Average, FP8, apply", GREEN, 440)
     average = graph.add(
