@@ -268,8 +268,8 @@ class BraidCompile(io.ComfyNode):
                 io.Boolean.Input(
                     "dynamo_fullgraph",
                     default=False,
-                    tooltip="Compile each block whole or not at all: where that cannot be done, the "
-                    "run goes on uncompiled, with a warning.",
+                    tooltip="Compile each block whole or not at all: where that cannot be done, "
+                    "the run goes on uncompiled, with a warning.",
                 ),
                 io.Combo.Input(
                     "dynamo_dynamic",
