@@ -60,7 +60,7 @@ def clips(graph: Graph, title: str, folder: str, vae, clip) -> Node:
     """Videos with captions of a folder under input/, their first 33 frames, encoded."""
     graph.column(title, GREEN, 340)
     found = graph.add("LoadVideoTextDataSetFromFolder", folder=folder)
-    cut = graph.add("VideoFrameSample", video=found["videos"], num_frames=33, strategy="head")
+    cut = graph.add("VideoTemporalCrop", video=found["videos"], start_frame=0, length=33)
     frames = graph.add("GetVideoComponents", video=cut["video"])
     scaled = graph.add(
         "ImageScaleToTotalPixels",
@@ -218,11 +218,12 @@ def wan(graph: Graph) -> None:
         "## Train a video LoRA for Wan 2.1 (1.3B)\n"
         "1. Put clips of at least 33 frames at 16 frames a second, with captions (`run.mp4`, "
         "`run.txt`), into `input/my_clips` and choose the folder. All clips of one shape must "
-        "have the same number of frames: 4n + 1, as *Sample Video Frame* takes them.\n"
+        "have the same number of frames: 4n + 1, as *Crop Video (Temporal)* takes them.\n"
         "2. Press **Run**.\n\n"
         "The 14B models train the same way: choose their file, and the preset of their name in "
         "*MagCache*. Wan 2.2 has two models: train the high-noise one with `min_timestep` 875, "
-        "the low-noise one with `max_timestep` 875, one graph each.",
+        "the low-noise one with `max_timestep` 875, one graph each. The nodes that read clips came "
+        "with ComfyUI 0.29.",
         300,
     )
     weights = WAN + "diffusion_models/wan2.1_t2v_1.3B_fp16.safetensors"
