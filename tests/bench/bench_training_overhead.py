@@ -3,10 +3,10 @@
     python tests/bench/bench_training_overhead.py [--steps 60]
 
 One process, one thread, CPU seconds of the whole process (TensorBoard's writer thread included).
-Two runs of the playground FLUX (2.3 million parameters, batch 4, rank 16 on every layer) advance
-in turn, step by step: one bare, one with TensorBoard at every step, five EMA shadows updated
-every 10 steps, adapter and state saved every 100 steps. Medians over the steps compare the two;
-each part is also timed by itself, which is finer than their difference.
+Two runs of the playground FLUX (2.3 million parameters, batch 4, rank 16 on every layer) advance in
+turn, step by step: one bare, one with TensorBoard at every step, five EMA shadows updated every 10
+steps, adapter and state saved every 100 steps. Medians over the steps compare the two; each part is
+also timed by itself, which is finer than their difference.
 """
 
 import argparse
