@@ -1,6 +1,7 @@
 """What a training run does besides training: optimizer, checkpoints, logs, compile, previews."""
 
 from pathlib import Path
+from typing import Any
 
 import folder_paths
 from comfy_api.latest import io
@@ -173,7 +174,7 @@ class BraidCheckpointing(io.ComfyNode):
             ema_shadows=ema_shadows,
             resume=resume,
         )
-        return io.NodeOutput((options or TrainingOptions()).adding(checkpointing=part))
+        return _chained(options, checkpointing=part)
 
 
 class BraidTrainingLog(io.ComfyNode):
@@ -234,7 +235,7 @@ class BraidTrainingLog(io.ComfyNode):
             log_tracker_name=_plain_name("log_tracker_name", log_tracker_name) or "network_train",
             wandb_run_name=wandb_run_name,
         )
-        return io.NodeOutput((options or TrainingOptions()).adding(log=part))
+        return _chained(options, log=part)
 
 
 class BraidCompile(io.ComfyNode):
@@ -298,7 +299,7 @@ class BraidCompile(io.ComfyNode):
             dynamo_fullgraph=dynamo_fullgraph,
             dynamo_dynamic={"off": False, "on": True, "auto": None}[dynamo_dynamic],
         )
-        return io.NodeOutput((options or TrainingOptions()).adding(compilation=part))
+        return _chained(options, compilation=part)
 
 
 class BraidTrainingPreview(io.ComfyNode):
@@ -397,7 +398,7 @@ class BraidTrainingPreview(io.ComfyNode):
             vae=vae,
         )
         part = Preview(every_n_steps=sample_every_n_steps, sampling=sampling)
-        return io.NodeOutput((options or TrainingOptions()).adding(preview=part))
+        return _chained(options, preview=part)
 
 
 class BraidValidation(io.ComfyNode):
@@ -458,8 +459,12 @@ class BraidValidation(io.ComfyNode):
             timesteps_per_item=timesteps_per_item[0],
             seed=seed[0],
         )
-        chain = options[0] if options else TrainingOptions()
-        return io.NodeOutput(chain.adding(validation=part))
+        return _chained(options[0] if options else None, validation=part)
+
+
+def _chained(options: TrainingOptions | None, **part: Any) -> io.NodeOutput:
+    """The options so far, if any, and one more."""
+    return io.NodeOutput((options or TrainingOptions()).adding(**part))
 
 
 def _options_input() -> io.Input:

@@ -55,6 +55,12 @@ def find_blocks(model: nn.Module) -> list[nn.Module]:
     return list(found)
 
 
+def outermost(blocks: list[nn.Module]) -> list[nn.Module]:
+    """Blocks that are not part of another one."""
+    inner = {part for block in blocks for part in block.modules() if part is not block}
+    return [block for block in blocks if block not in inner]
+
+
 def graphs_alive(model: nn.Module, checkpointing: bool) -> float:
     """Memory of a training step's activations over the host's estimate for one forward pass.
 
@@ -62,10 +68,7 @@ def graphs_alive(model: nn.Module, checkpointing: bool) -> float:
     its 57 blocks saves about 20 tensors of tokens x width, half a gigabyte, and a checkpointed one
     keeps its two inputs.
     """
-    blocks = find_blocks(model)
-    inner = {part for block in blocks for part in block.modules() if part is not block}
-    outermost = sum(block not in inner for block in blocks)
-    return 3 if checkpointing else 3 + outermost / 2
+    return 3 if checkpointing else 3 + len(outermost(find_blocks(model))) / 2
 
 
 @dataclass(slots=True)

@@ -13,11 +13,10 @@ from torch._functorch import config as functorch_config
 
 from ..training.loop import TrainingRun, TrainingStep
 from ..training.options import Compilation
-from .checkpointing import find_blocks
+from .checkpointing import find_blocks, outermost
 from .frozen import forward_replaced
 
 logger = logging.getLogger("comfyui_braid.training")
-
 
 COMPILER = ("torch._dynamo", "torch._inductor", "torch._functorch")
 
@@ -88,7 +87,7 @@ def compiled(model: nn.Module, compilation: Compilation | None) -> Iterator[Comp
         yield result
         return
     _check_backend(compilation)
-    blocks = _outermost(find_blocks(model))
+    blocks = outermost(find_blocks(model))
     with ExitStack() as undo:
         config = torch._dynamo.config
         settings = {
@@ -98,9 +97,8 @@ def compiled(model: nn.Module, compilation: Compilation | None) -> Iterator[Comp
             "skip_nnmodule_hook_guards": False,
         }
         undo.enter_context(config.patch(**settings))
-        if hasattr(
-            functorch_config, "donated_buffer"
-        ):  # torch 2.6; the session tries backward once
+        if hasattr(functorch_config, "donated_buffer"):  # torch 2.6
+            # the session tries backward once before the real one
             undo.enter_context(functorch_config.patch(donated_buffer=False))
         for block in blocks:
             forward = result.forward(block.forward, compilation)
@@ -148,12 +146,6 @@ def _is_of_the_compiler(error: BaseException) -> bool:
     """
     frames = traceback.walk_tb(error.__traceback__)
     return any(frame.f_globals.get("__name__", "").startswith(COMPILER) for frame, _ in frames)
-
-
-def _outermost(blocks: list[nn.Module]) -> list[nn.Module]:
-    """Blocks that are not part of another one."""
-    inner = {part for block in blocks for part in block.modules() if part is not block}
-    return [block for block in blocks if block not in inner]
 
 
 def _check_backend(compilation: Compilation) -> None:

@@ -7,12 +7,10 @@ from ...ema.schedule import MusubiPower, Power, Schedule
 from ...network.attach import attached
 from ...network.checkpoint import load_weights, read_adapter
 from ...network.layers import layer_shapes
-from ...training.dataset import TrainingItem
 from ...training.validation import Validator
-from ..glyphs import draw_dataset, pictures_of
 from ..model import Flux
 from .report import Picture, Section
-from .training import STYLE, Trained, model_latents, recognised, sampled, style
+from .training import STYLE, Trained, recognised, sampled, style, style_items
 
 SIGMA_REL = 0.15
 HELD_OUT = 20
@@ -20,7 +18,9 @@ HELD_OUT = 20
 
 def averaging_section(model: Flux, trained: Trained) -> Section:
     """Leaves the exact average in `trained.network`."""
-    validator = Validator(_held_out(), every_n_steps=1, timesteps_per_item=8, seed=0)
+    validator = Validator(
+        style_items(HELD_OUT, seed=1000), every_n_steps=1, timesteps_per_item=8, seed=0
+    )
     rows = [["", "held-out loss", f"style score ({STYLE})", "letters recognised"]]
     rows.append(["last checkpoint", *_measured(model, trained, validator)])
     for title, schedule in (
@@ -65,12 +65,3 @@ def _measured(model: Flux, trained: Trained, validator: Validator) -> list[str]:
         trained.network.eval()
         rows = sampled(model)
     return [f"{loss:.5f}", f"{style(rows):.2f}", f"{recognised(rows):.0%}"]
-
-
-def _held_out() -> list[TrainingItem]:
-    glyphs = draw_dataset(HELD_OUT, STYLE, seed=1000)
-    latents = model_latents(pictures_of(glyphs))
-    return [
-        TrainingItem(latents=latent, conditioning=glyph.caption, batch_key=latent.shape)
-        for latent, glyph in zip(latents, glyphs, strict=True)
-    ]

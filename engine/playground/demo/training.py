@@ -86,7 +86,7 @@ def train(model: Flux, folder: Path) -> Trained:
     started = time.perf_counter()
     targets = select_targets(model, SPEC, architecture_of({"image_model": "flux"}))
     network = build_network(targets.selected, SPEC, PLAN.seed)
-    dataset = Dataset(_items())
+    dataset = Dataset(style_items(40, seed=1))
     run = TrainingRun(
         plan=PLAN,
         dataset=dataset,
@@ -177,8 +177,9 @@ def model_latents(pictures: Tensor) -> Tensor:
     return (encode(pictures) - LATENT_SHIFT) * LATENT_SCALE
 
 
-def _items() -> list[TrainingItem]:
-    glyphs = draw_dataset(40, STYLE, seed=1)
+def style_items(count: int, seed: int) -> list[TrainingItem]:
+    """`count` pictures of the style with their captions, ready to train or to measure on."""
+    glyphs = draw_dataset(count, STYLE, seed)
     latents = model_latents(pictures_of(glyphs))
     return [
         TrainingItem(latents=latent, conditioning=glyph.caption, batch_key=latent.shape)
