@@ -1,7 +1,7 @@
 """A real server and a real browser for the tests in this folder; skipped, aloud, without either."""
 
 import pytest
-from host.browse import CHROMIUM_ARGUMENTS, chromium
+from host.browse import CHROMIUM_ARGUMENTS, READY, chromium
 from host.find import find_comfyui
 from host.serve import Server
 
@@ -47,7 +47,7 @@ def open_page(server, browser, console_errors):
         page = context.new_page()
         page.set_default_timeout(60_000)
         page.goto(server.url)
-        page.wait_for_function("!!window.app?.graph?.nodes?.length")  # the default workflow
+        page.wait_for_function(READY)
         page.evaluate("app.graph.clear()")
         page.on("console", lambda m: m.type == "error" and console_errors.append(m.text))
         page.on("pageerror", lambda error: console_errors.append(str(error)))

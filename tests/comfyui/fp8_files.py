@@ -5,7 +5,7 @@ import comfy.sample
 import comfy.sd
 import torch
 from safetensors.torch import save_file
-from tiny_models import MODELS, build, conditioning, latent
+from tiny_models import MODELS, build, sampled
 
 ARCHITECTURES = ("flux", "wan", "qwen_image", "hunyuan_video")
 
@@ -31,21 +31,7 @@ def write_model(folder, monkeypatch, name="flux", dtype=torch.bfloat16):
 
 
 def sample(patcher, name="flux", steps=2, seed=0):
-    noise = latent(name, seed=seed)
-    with torch.inference_mode():
-        return comfy.sample.sample(
-            patcher,
-            noise,
-            steps,
-            1.0,
-            "euler",
-            "simple",
-            conditioning(name, 0),
-            conditioning(name, 1),
-            torch.zeros_like(noise),
-            seed=0,
-            disable_pbar=True,
-        )
+    return sampled(patcher, name, steps=steps, seed=seed)
 
 
 def distance(a, b):

@@ -7,8 +7,8 @@ import tiny_models
 import torch
 from denoiser_cases import batch, gradients, loss_of, relative_error, training
 from test_denoiser_gradients import plain_autograd
-from test_denoiser_session import sampled, state_of
-from tiny_models import FLUX, TinyModel, build
+from test_denoiser_session import state_of
+from tiny_models import FLUX, TinyModel, build, sampled
 
 FLUX2 = {
     **FLUX,

@@ -1,9 +1,6 @@
 import weakref
 
-import comfy.lora
 import comfy.model_management as mm
-import comfy.sample
-import comfy.sd
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
@@ -16,28 +13,11 @@ from denoiser_cases import (
     relative_error,
     training,
 )
-from tiny_models import MODELS, build, conditioning, latent
+from tiny_models import MODELS, build, conditioning, latent, sampled
 
 from comfyui_braid.engine.comfyui.denoiser import training_session
 
 ALL = (*TRANSFORMERS, "sd15")
-
-
-def sampled(patcher, name):
-    with torch.inference_mode():
-        noise = latent(name)
-        return comfy.sample.sample(
-            patcher,
-            noise,
-            2,
-            2.0,
-            "euler",
-            "simple",
-            conditioning(name, 0),
-            conditioning(name, 1),
-            torch.zeros_like(noise),
-            seed=0,
-        )
 
 
 def state_of(patcher):
@@ -76,18 +56,18 @@ def with_lora(patcher):
 def test_the_model_samples_bit_for_bit_as_before_and_nothing_is_left_on_it(name, checkpointing):
     with torch.inference_mode():
         patcher = build(name)
-    before = sampled(patcher, name)
+    before = sampled(patcher, name, cfg=2.0)
     state = state_of(patcher)
     gradients(patcher, name, gradient_checkpointing=checkpointing)
     assert state_of(patcher) == state
-    assert torch.equal(sampled(patcher, name), before)
+    assert torch.equal(sampled(patcher, name, cfg=2.0), before)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
 @pytest.mark.parametrize("where", ["prepare", "forward", "backward"])
 def test_an_exception_anywhere_restores_everything(where, checkpointing):
     patcher = build("flux")
-    before, _ = sampled(patcher, "flux"), None
+    before, _ = sampled(patcher, "flux", cfg=2.0), None
     state = state_of(patcher)
 
     class Stop(Exception):
@@ -113,16 +93,16 @@ def test_an_exception_anywhere_restores_everything(where, checkpointing):
         del patcher.model.hooks_to_clear
         patcher.model.diffusion_model.single_blocks[1].linear1._forward_hooks.clear()
     assert state_of(patcher) == state
-    assert torch.equal(sampled(patcher, "flux"), before)
+    assert torch.equal(sampled(patcher, "flux", cfg=2.0), before)
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_the_models_own_loras_are_trained_on_top_of(name):
     patched = with_lora(build(name))
-    before = sampled(patched, name)
+    before = sampled(patched, name, cfg=2.0)
     found = gradients(patched, name)
-    assert torch.equal(sampled(patched, name), before)
-    assert not torch.equal(sampled(build(name), name), before)
+    assert torch.equal(sampled(patched, name, cfg=2.0), before)
+    assert not torch.equal(sampled(build(name), name, cfg=2.0), before)
     merged = build(name)
     mm.load_models_gpu([patched])
     merged.model.load_state_dict(patched.model.state_dict())
@@ -281,21 +261,21 @@ def test_a_prediction_is_what_sampling_computes_with_the_same_weights(name):
 def test_the_host_can_sample_between_two_steps_with_the_adapters_attached():
     with torch.inference_mode():
         patcher = build("flux")
-        before = sampled(patcher, "flux")
+        before = sampled(patcher, "flux", cfg=2.0)
         with training(patcher, dtype=torch.float32) as (denoiser, network):
             data = batch(denoiser, "flux")
             loss_of(denoiser, *data).backward()
             first = {n: p.grad.clone() for n, p in network.named_parameters()}
             with denoiser.paused():
                 assert not mm.in_training and torch.is_inference_mode_enabled()
-                with_adapters = sampled(patcher, "flux")
+                with_adapters = sampled(patcher, "flux", cfg=2.0)
             assert mm.in_training and torch.is_grad_enabled()
             network.zero_grad()
             loss_of(denoiser, *data).backward()
             again = {n: p.grad for n, p in network.named_parameters()}
             assert relative_error(again, first) == 0
         assert not torch.equal(with_adapters, before)
-        assert torch.equal(sampled(patcher, "flux"), before)
+        assert torch.equal(sampled(patcher, "flux", cfg=2.0), before)
 
 
 def test_other_models_are_unloaded_first_and_the_session_frees_its_graph():

@@ -10,7 +10,7 @@ import comfy.utils
 import pytest
 import safetensors
 import torch
-from tiny_models import ARCHITECTURES, build, conditioning, latent
+from tiny_models import ARCHITECTURES, build, sampled
 
 from comfyui_braid.engine.checkpoints import AdapterStateDict
 from comfyui_braid.engine.comfyui.model import architecture_of, diffusion_model_of
@@ -42,23 +42,6 @@ def trained(patcher, targets=OF_THE_BLOCKS, **spec):
             size = 0.1 if network.spec.kind == "lora" else 0.4  # products of more factors
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * size)
     return network
-
-
-def sampled(patcher, name):
-    noise = latent(name)
-    with torch.inference_mode():
-        return comfy.sample.sample(
-            patcher,
-            noise,
-            2,
-            1.0,
-            "euler",
-            "simple",
-            conditioning(name, 0),
-            conditioning(name, 1),
-            torch.zeros_like(noise),
-            seed=0,
-        )
 
 
 def distance(a, b):

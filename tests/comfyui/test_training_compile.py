@@ -7,8 +7,8 @@ import comfy.sd
 import pytest
 import torch
 from fp8_files import write_model
-from test_training_run import PLAN, run, sampled, silent, training
-from tiny_models import build
+from test_training_run import PLAN, run, silent, training
+from tiny_models import build, sampled
 
 from comfyui_braid.engine.comfyui.compilation import compiled
 from comfyui_braid.engine.comfyui.loader import Fp8Request, load_fp8

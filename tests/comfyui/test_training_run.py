@@ -9,7 +9,7 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
-from tiny_models import ARCHITECTURES, build, conditioning, latent
+from tiny_models import ARCHITECTURES, build, conditioning, latent, sampled
 
 from comfyui_braid.engine.comfyui import trainer
 from comfyui_braid.engine.comfyui.items import pair_items
@@ -55,23 +55,6 @@ def run(name, folder, dtype=torch.float32, **kwargs):
 
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-def sampled(patcher, name):
-    noise = latent(name)
-    with torch.inference_mode():
-        return comfy.sample.sample(
-            patcher,
-            noise,
-            2,
-            1.0,
-            "euler",
-            "simple",
-            conditioning(name, 0),
-            conditioning(name, 1),
-            torch.zeros_like(noise),
-            seed=0,
-        )
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import comfy.model_management
 import comfy.model_patcher
+import comfy.sample
 import comfy.supported_models
 import torch
 
@@ -205,3 +206,22 @@ def conditioning(name: str, seed: int = 0, tokens: int = 6) -> list:
     if name == "lumina2":
         options["attention_mask"] = torch.ones(1, tokens)
     return [[torch.randn((1, tokens, tiny.context_dim), generator=generator), options]]
+
+
+def sampled(patcher, name: str, *, steps: int = 2, cfg: float = 1.0, seed: int = 0) -> torch.Tensor:
+    """What the host samples from the noise of `seed`, in inference mode like its executor."""
+    noise = latent(name, seed=seed)
+    with torch.inference_mode():
+        return comfy.sample.sample(
+            patcher,
+            noise,
+            steps,
+            cfg,
+            "euler",
+            "simple",
+            conditioning(name, 0),
+            conditioning(name, 1),
+            torch.zeros_like(noise),
+            seed=0,
+            disable_pbar=True,
+        )

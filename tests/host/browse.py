@@ -13,8 +13,8 @@ CHROMIUM_ARGUMENTS = [
     "--disable-sync",
     "--no-first-run",
 ]
-NODES = "(app.graph.nodes ?? app.graph._nodes)"
-READY = "window.app?.graph && window.app.extensionManager?.spinner === false"
+READY = "!!window.app?.graph?.nodes?.length"
+"""The host has opened its own first workflow, so every node is registered."""
 
 
 def chromium() -> str | None:
@@ -33,7 +33,6 @@ def browsing(url: str, width: int = 1600, height: int = 1000) -> Iterator:
         page = browser.new_page(viewport={"width": width, "height": height})
         page.goto(url)
         page.wait_for_function(READY)
-        page.wait_for_function(f"{NODES}.length > 0")  # the host's own first workflow
         page.evaluate("app.graph.clear()")
         yield page
         browser.close()
