@@ -155,7 +155,7 @@ def test_a_read_only_output_is_refused_before_training(tmp_path, monkeypatch):
     def denied(*args, **kwargs):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(files.tempfile, "mkstemp", denied)
+    monkeypatch.setattr(files.Path, "touch", denied)
     with pytest.raises(ValueError, match="cannot be saved under .*Permission denied"):
         run("flux", tmp_path, plan=SHORT)
 
