@@ -1,9 +1,8 @@
 """A prompt with ComfyUI-MagCache's node, through ComfyUI's own replacement, into ours."""
 
-import asyncio
-
 import pytest
 from app.node_replace_manager import NodeReplaceManager
+from host.awaiting import awaited
 from magcache_runs import sample
 from server import PromptServer
 from tiny_models import build
@@ -38,7 +37,7 @@ def manager(monkeypatch):
     monkeypatch.setattr(PromptServer, "instance", running, raising=False)
     ids = {node.GET_SCHEMA().node_id: node for node in NODES}
     monkeypatch.setattr(host_nodes, "NODE_CLASS_MAPPINGS", ids)
-    asyncio.run(replacements.register())
+    awaited(replacements.register())
     return running.node_replace_manager
 
 
