@@ -233,7 +233,7 @@ class BraidEmaReconstruct(io.ComfyNode):
             display_name="EMA from Shadows",
             category=sockets.EMA,
             description="Any power-function EMA of a run that kept shadows (five running "
-            "averages): every step counts, not only those that were saved.",
+            "averages): the whole run counts, not only the steps that were saved.",
             search_aliases=["post-hoc ema", "edm2", "ema shadows", "sigma rel"],
             is_output_node=True,
             inputs=[
@@ -297,7 +297,7 @@ class BraidEmaSweep(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip="checkpoints: exact weights of the saved files. shadows: from the "
-                    "run's EMA shadows, which saw every step.",
+                    "run's EMA shadows, which saw the whole run.",
                 ),
             ],
             outputs=[

@@ -67,5 +67,7 @@ def _collect(declared: list, prefix: str, into: dict[str, dict[str, str]]) -> No
 
 
 if __name__ == "__main__":
+    import conftest  # noqa: F401  (loads the pack)
+
     import_comfyui()
     print(json.dumps(english(), indent=2, ensure_ascii=False))
