@@ -91,3 +91,12 @@ def test_no_eval_no_pickle_no_print_no_globals(path):
             forbidden = {"eval", "exec", "compile", "print"}
             assert node.func.id not in forbidden, f"{path}:{node.lineno} calls {node.func.id}()"
     assert "pickle" not in {absolute for absolute, _ in _imports(path)}, f"{path} imports pickle"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_matplotlib_is_not_imported_while_comfyui_starts(path):
+    tree = ast.parse(path.read_text())
+    while_loading = [n for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom))]
+    names = [a.name for n in while_loading if isinstance(n, ast.Import) for a in n.names]
+    names += [n.module or "" for n in while_loading if isinstance(n, ast.ImportFrom)]
+    assert "matplotlib" not in {name.split(".")[0] for name in names}, f"{path}: see canvas.py"

@@ -1,19 +1,23 @@
 """Pictures of averages over training time, as image tensors."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
 from torch import Tensor
 
+from ..canvas import new_figure, pixels_of
 from .average import AveragePlan
 from .profile import Floats, centre_of_mass, gamma_from_sigma_rel, power_profile
 from .schedule import requested_sigma_rel
 from .shadows import Reconstruction
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 SIZE_INCHES, DPI = (8.0, 4.5), 128  # 1024 x 576 pixels
 BACKGROUND, INK, FAINT = "#1c1e24", "#e4e6eb", "#8b919e"
@@ -128,6 +132,8 @@ def _draw_profile(axes: Axes, plan: AveragePlan, tallest: float) -> None:
 
 
 def _label_bars(axes: Axes, borders: Floats, heights: Floats, weights: Floats) -> None:
+    from matplotlib.patheffects import withStroke
+
     halo = [withStroke(linewidth=3, foreground=BACKGROUND)]
     for left, right, height, weight in zip(borders, borders[1:], heights, weights, strict=False):
         if right - left < MIN_LABEL_WIDTH * borders[-1]:
@@ -146,7 +152,7 @@ def _label_bars(axes: Axes, borders: Floats, heights: Floats, weights: Floats) -
 
 
 def _canvas() -> tuple[Figure, Axes]:
-    figure = Figure(figsize=SIZE_INCHES, dpi=DPI, facecolor=BACKGROUND, layout="constrained")
+    figure = new_figure(*SIZE_INCHES, dpi=DPI, paper=BACKGROUND, layout="constrained")
     axes = figure.add_subplot(facecolor=BACKGROUND)
     return figure, axes
 
@@ -168,7 +174,4 @@ def _finish(axes: Axes, unit: str, end: float, density: str) -> None:
 
 
 def _image(figure: Figure) -> Tensor:
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    pixels = np.asarray(canvas.buffer_rgba())[..., :3].copy()
-    return torch.from_numpy(pixels).float().div_(255).unsqueeze(0)
+    return torch.from_numpy(pixels_of(figure)).float().div_(255).unsqueeze(0)

@@ -1,11 +1,16 @@
 """The error of every layer in one picture."""
 
-import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..canvas import new_figure, pixels_of
 from .report import WORTH_EXEMPTING, Fp8Report
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 PAPER = "#15181d"
 INK = "#9aa3b2"
@@ -16,8 +21,7 @@ NAMED_LAYERS = 5
 
 def error_chart(report: Fp8Report) -> np.ndarray:
     """Relative RMS error of each measured layer, in model order: RGB uint8 [height, width, 3]."""
-    figure = Figure(figsize=(9, 3.8), dpi=110, facecolor=PAPER, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+    figure = new_figure(9, 3.8, dpi=110, paper=PAPER, layout="constrained")
     axes = figure.add_subplot(facecolor=PAPER)
     if report.measured:
         _draw_layers(axes, report)
@@ -37,8 +41,7 @@ def error_chart(report: Fp8Report) -> np.ndarray:
     for side, spine in axes.spines.items():
         spine.set_color(INK)
         spine.set_visible(side in ("left", "bottom"))
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    return pixels_of(figure)
 
 
 def _draw_layers(axes: Axes, report: Fp8Report) -> None:

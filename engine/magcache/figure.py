@@ -1,16 +1,20 @@
 """Pictures of a calibration and of a schedule, readable on dark and light themes."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from ..canvas import new_figure, pixels_of
 from .plan import MagCachePlan
 from .schedule import Schedule
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 BACKGROUND, PANEL, INK, FAINT = "#1e2127", "#262a32", "#d7dae0", "#4a505c"
 COMPUTED, SKIPPED = "#5b8def", "#3a4150"
@@ -18,9 +22,8 @@ COLOURS = ("#5b8def", "#f0883e", "#57c7a5", "#d86fb5", "#c9b458")
 DPI = 120
 
 
-def _figure(width: float, height: float) -> tuple[Figure, FigureCanvasAgg]:
-    figure = Figure(figsize=(width, height), dpi=DPI, facecolor=BACKGROUND, layout="constrained")
-    return figure, FigureCanvasAgg(figure)
+def _figure(width: float, height: float) -> Figure:
+    return new_figure(width, height, dpi=DPI, paper=BACKGROUND, layout="constrained")
 
 
 def _styled(axes: Axes) -> Axes:
@@ -40,15 +43,10 @@ def _legend(axes: Axes) -> None:
     axes.legend(fontsize=8, facecolor=PANEL, edgecolor=FAINT, labelcolor=INK, loc="best")
 
 
-def _pixels(canvas: FigureCanvasAgg) -> NDArray[np.uint8]:
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
-
-
 def calibration_picture(plan: MagCachePlan) -> NDArray[np.uint8]:
     """(H, W, 3) ratio with its spread, and cosine distance, one curve per conditioning."""
     has_cosine = any(curve.cosine_distance for curve in plan.curves)
-    figure, canvas = _figure(7.4, 5.4 if has_cosine else 3.4)
+    figure = _figure(7.4, 5.4 if has_cosine else 3.4)
     rows = figure.subplots(2 if has_cosine else 1, 1, sharex=True, squeeze=False)[:, 0]
     ratios = _styled(rows[0])
     ratios.set_title(plan.name, fontsize=10)
@@ -74,7 +72,7 @@ def calibration_picture(plan: MagCachePlan) -> NDArray[np.uint8]:
         _cosine_panel(_styled(rows[1]), plan)
     rows[-1].set_xlabel("sampling step", fontsize=9)
     _sigma_axis(ratios, plan.conditions.sigmas)
-    return _pixels(canvas)
+    return pixels_of(figure)
 
 
 def _cosine_panel(axes: Axes, plan: MagCachePlan) -> None:
@@ -114,7 +112,7 @@ def _looks(count: int) -> list[dict[str, Any]]:
 
 def schedule_picture(schedule: Schedule, title: str) -> NDArray[np.uint8]:
     """(H, W, 3) a strip of computed and skipped steps over the error gathered on them."""
-    figure, canvas = _figure(7.4, 3.6)
+    figure = _figure(7.4, 3.6)
     strip, errors = figure.subplots(2, 1, sharex=True, height_ratios=(1, 3))
     _draw_strip(strip, schedule)
     strip.set_title(
@@ -133,7 +131,7 @@ def schedule_picture(schedule: Schedule, title: str) -> NDArray[np.uint8]:
         errors.set_ylim(0, 1)
         errors.text(0.5, 0.5, "no step is skipped", transform=errors.transAxes, color=INK,
                     ha="center", va="center")  # fmt: skip
-    return _pixels(canvas)
+    return pixels_of(figure)
 
 
 def _error_label(schedule: Schedule) -> str:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 from einops import rearrange
@@ -136,6 +135,9 @@ def _blend(below: np.ndarray, colour: np.ndarray, alpha: np.ndarray) -> np.ndarr
 
 @functools.lru_cache(maxsize=256)
 def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
+    """One of the fonts that come with matplotlib; see canvas.py on why it is not imported above."""
+    import matplotlib
+
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name, size)
 
 

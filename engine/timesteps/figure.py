@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..canvas import new_figure, pixels_of
 from .preview import DrawnRun, Preview
 
 if TYPE_CHECKING:
@@ -23,15 +24,9 @@ LOG_WEIGHT_FROM = 20.0
 
 def draw_figure(preview: Preview, run: DrawnRun | None = None) -> Tensor:
     """An RGB picture, float32 (1, H, W, 3) in [0, 1]."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10.24, 8.2 if run else 6.4), dpi=125, facecolor=PAPER)
-    canvas = FigureCanvasAgg(figure)
+    figure = new_figure(10.24, 8.2 if run else 6.4, dpi=125, paper=PAPER)
     _draw(figure, preview, run)
-    canvas.draw()
-    pixels = np.asarray(canvas.buffer_rgba())[..., :3]
-    return torch.from_numpy(pixels.astype(np.float32) / 255.0)[None]
+    return torch.from_numpy(pixels_of(figure).astype(np.float32) / 255.0)[None]
 
 
 def _draw(figure: Figure, preview: Preview, run: DrawnRun | None) -> None:

@@ -5,10 +5,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from PIL import Image
 
+from ..canvas import new_figure, pixels_of
 from .history import LossHistory, StepRecord, ValidationRecord
 
 INK, GRID, PAPER = "#d8dce6", "#3a4050", "#1c1f27"
@@ -20,8 +19,7 @@ def draw_history(
     history: LossHistory, *, steps: int, sample: np.ndarray | None = None, caption: str = ""
 ) -> Image.Image:
     """The loss curve of a run as a picture, the last sample (H, W, 3) in [0, 1] beside it."""
-    figure = Figure(figsize=(6.4 if sample is None else 9.6, 3.6), dpi=100, facecolor=PAPER)
-    canvas = FigureCanvasAgg(figure)
+    figure = new_figure(6.4 if sample is None else 9.6, 3.6, dpi=100, paper=PAPER)
     if sample is None:
         axes = figure.add_axes((0.11, 0.15, 0.86, 0.74))
     else:
@@ -32,8 +30,7 @@ def draw_history(
         beside.set_title("last sample", color=INK, fontsize=9)
     _draw_losses(axes, history, steps)
     axes.set_title(caption, color=INK, fontsize=9, loc="left")
-    canvas.draw()
-    return Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba()).convert("RGB")
+    return Image.fromarray(pixels_of(figure))
 
 
 def draw_loss_map(loss_map: Mapping[str, Any]) -> Image.Image:

@@ -1,0 +1,31 @@
+"""Figures as pixels. matplotlib is imported when the first one is drawn.
+
+That import takes longer than all the rest of the pack, and writes matplotlib's list of the fonts
+that it found into the user's cache folder: neither belongs into ComfyUI's start.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def new_figure(width: float, height: float, *, dpi: int, paper: str, **options: Any) -> Figure:
+    """An empty figure of width x height inches on a ground of that colour; not pyplot's."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=dpi, facecolor=paper, **options)
+
+
+def pixels_of(figure: Figure) -> NDArray[np.uint8]:
+    """The drawn figure, RGB (H, W, 3)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
