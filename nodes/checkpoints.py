@@ -1,13 +1,14 @@
 """Load Checkpoints, the node that finds the adapter files of a run."""
 
+import os
 from pathlib import Path
 
-import folder_paths
 from comfy_api.latest import io
 from typing_extensions import override
 
 from ..engine.checkpoints import Checkpoints, find_checkpoints
 from . import sockets
+from .outputs import output_folder
 
 TOP = "."
 """The choice that means output/loras itself."""
@@ -16,11 +17,11 @@ TOP = "."
 def chosen_folder(folder: str, path: str = "") -> Path:
     """The folder that the widgets name: `path` wins; relative ones lie under output/loras."""
     named = path.strip() or folder.strip() or TOP
-    return _loras() / Path(named).expanduser()
+    return _loras() / os.path.expanduser(named)
 
 
 def _loras() -> Path:
-    return Path(folder_paths.get_output_directory()) / "loras"
+    return output_folder() / "loras"
 
 
 def _run_folders() -> list[str]:

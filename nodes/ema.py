@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import folder_paths
 from comfy_api.latest import io, ui
 from typing_extensions import override
 
@@ -25,6 +24,7 @@ from ..engine.ema.schedule import BetaRamp, MusubiPower, Power, Schedule
 from ..engine.ema.shadows import plan_reconstruction, reconstructed
 from . import live, sockets
 from .checkpoints import load_checkpoints
+from .outputs import next_file
 
 EXAMPLE_COUNT = 10
 """Checkpoints that the live chart shows while no run is known."""
@@ -116,16 +116,7 @@ def _lora_output(**options: Any) -> io.Output:
 
 def _next_path(filename_prefix: str) -> Path | None:
     """The next free numbered name under the output folder; None when nothing is to be saved."""
-    if not filename_prefix.strip():
-        return None
-    if filename_prefix.endswith(("/", "\\")):
-        raise ValueError(
-            f"filename_prefix {filename_prefix!r} names no file; write one such as loras/ema"
-        )
-    folder, name, counter, _, _ = folder_paths.get_save_image_path(
-        filename_prefix, folder_paths.get_output_directory()
-    )
-    return Path(folder) / f"{name}_{counter:05}_.safetensors"
+    return next_file(filename_prefix, ".safetensors") if filename_prefix.strip() else None
 
 
 class BraidPostHocEma(io.ComfyNode):

@@ -14,6 +14,7 @@ from ..engine.fp8.chart import error_chart
 from ..engine.fp8.policy import Fp8Policy, LayerPatterns
 from ..engine.fp8.report import Fp8Report
 from ..engine.playground.model import WEIGHTS
+from .outputs import next_file
 from .sockets import FP8
 
 NO_LORA = "none"
@@ -197,10 +198,7 @@ class BraidSaveFp8(io.ComfyNode):
     @classmethod
     @override
     def execute(cls, model: io.Model.Type, filename_prefix: str) -> io.NodeOutput:
-        folder, name, counter, _, _ = folder_paths.get_save_image_path(
-            filename_prefix, folder_paths.get_output_directory()
-        )
-        path = Path(folder) / f"{name}_{counter:05}_.safetensors"
+        path = next_file(filename_prefix, ".safetensors")
         save_fp8(model, path)
         return io.NodeOutput(str(path), ui=ui.PreviewText(str(path)))
 

@@ -102,7 +102,7 @@ def _computed(compute: Callable[[LiveNode], dict[str, Any]], node: LiveNode) -> 
         return compute(node)
     except DecidedByTheRunError as message:
         return {"message": str(message)}
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         return {"error": str(error)}
     except (KeyError, TypeError) as error:
         logger.debug("live chart of %s", node, exc_info=True)

@@ -1,10 +1,8 @@
 """Nodes of Braid/magcache: calibrate, plan, skip, report."""
 
 import json
-from pathlib import Path
 from typing import Any
 
-import folder_paths
 import torch
 from comfy_api.latest import io, ui
 
@@ -19,6 +17,7 @@ from ..engine.magcache.report import schedule_dict
 from ..engine.magcache.schedule import plan_schedule
 from . import sockets
 from .magcache_inputs import (
+    SUBFOLDER,
     as_image,
     calibration_files,
     calibration_folder,
@@ -32,6 +31,7 @@ from .magcache_inputs import (
     sigmas_for,
     strip,
 )
+from .outputs import next_file
 
 
 def _measure_input(meaning: str) -> io.Combo.Input:
@@ -194,10 +194,7 @@ class BraidMagCacheCalibration(io.ComfyNode):
 
 
 def _save(plan: MagCachePlan, prefix: str) -> None:
-    folder = calibration_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    full, name, counter, _, _ = folder_paths.get_save_image_path(prefix, str(folder))
-    with replaced_when_whole(Path(full) / f"{name}_{counter:05}_.json") as temporary:
+    with replaced_when_whole(next_file(prefix, ".json", SUBFOLDER)) as temporary:
         temporary.write_text(plan.to_json(), encoding="utf-8")
 
 

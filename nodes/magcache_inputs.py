@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import folder_paths
 import torch
 from comfy_api.latest import io
 from numpy.typing import NDArray
@@ -16,6 +15,7 @@ from ..engine.magcache.report import schedule_dict
 from ..engine.magcache.rules import MagCacheRule, PlannedRule, Rule
 from ..engine.magcache.schedule import Schedule, plan_schedule
 from . import live, sockets
+from .outputs import inside_output, output_folder
 
 AUTO, FROM_RATIOS = "auto", "from mag_ratios"
 SUBFOLDER = "magcache"
@@ -189,7 +189,7 @@ def as_image(picture: NDArray) -> torch.Tensor:
 
 
 def calibration_folder() -> Path:
-    return Path(folder_paths.get_output_directory()) / SUBFOLDER
+    return output_folder() / SUBFOLDER
 
 
 def calibration_files() -> list[str]:
@@ -201,10 +201,9 @@ def calibration_files() -> list[str]:
 
 def load_calibration(name: str) -> MagCachePlan:
     """A saved calibration by its name in the combo; ValueError when there is none."""
-    folder = calibration_folder().resolve()
-    path = (folder / name).resolve()
-    if not path.is_relative_to(folder) or not path.is_file():
-        raise ValueError(f"calibration {name!r} is not in {folder}: save one, or refresh the list")
+    path = inside_output("file", name, SUBFOLDER)
+    if not path.is_file():
+        raise ValueError(f"file {name!r} is no saved calibration: save one, or refresh the list")
     return MagCachePlan.from_json(path.read_text(encoding="utf-8"))
 
 

@@ -1,8 +1,5 @@
 """The trainable adapter: its settings, a preview of the layers it adapts, and its file."""
 
-from pathlib import Path
-
-import folder_paths
 from comfy_api.latest import io, ui
 
 from ..engine.checkpoints import AdapterStateDict
@@ -16,6 +13,7 @@ from ..engine.network.report import report_text
 from ..engine.network.spec import KINDS, TARGET_MODES, NetworkSpec, parse_network_args
 from ..engine.network.targets import select_targets
 from . import sockets
+from .outputs import next_file
 
 LoraModel = io.Custom("LORA_MODEL")
 
@@ -234,21 +232,9 @@ class BraidSaveLora(io.ComfyNode):
         tensors = cast(
             converted(lora, key_format, architecture, layers), key_format, save_precision
         )
-        path = _next_path(filename_prefix)
+        path = next_file(filename_prefix, ".safetensors")
         write_adapter(path, tensors, complete)
         return io.NodeOutput(str(path), ui=ui.PreviewText(str(path)))
-
-
-def _next_path(filename_prefix: str) -> Path:
-    """The next free numbered name under the output folder."""
-    if not filename_prefix.strip() or filename_prefix.endswith(("/", "\\")):
-        raise ValueError(
-            f"filename_prefix {filename_prefix!r} names no file; write one such as loras/my_lora"
-        )
-    folder, name, counter, _, _ = folder_paths.get_save_image_path(
-        filename_prefix, folder_paths.get_output_directory()
-    )
-    return Path(folder) / f"{name}_{counter:05}_.safetensors"
 
 
 NODES = [BraidNetwork, BraidPreviewTargets, BraidSaveLora]

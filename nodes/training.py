@@ -2,9 +2,7 @@
 
 import functools
 import json
-from pathlib import Path
 
-import folder_paths
 import numpy as np
 import torch
 from comfy_api.latest import io, ui
@@ -17,6 +15,7 @@ from ..engine.training.optimizer import OptimizerSpec
 from ..engine.training.options import TrainingOptions
 from ..engine.training.plan import LOSS_TYPES, MIXED_PRECISIONS, TrainingPlan
 from . import live, sockets
+from .outputs import output_folder
 
 
 class BraidTrainLora(io.ComfyNode):
@@ -230,7 +229,7 @@ class BraidTrainLora(io.ComfyNode):
                 options=chosen,
                 pairs=pair_items(latents, positive),
                 held_out=pair_items(held_out.latents, held_out.conditioning) if held_out else (),
-                loras=Path(folder_paths.get_output_directory()) / "loras",
+                loras=output_folder() / "loras",
             ),
             functools.partial(live.say, cls.hidden.unique_id),
         )

@@ -1,9 +1,7 @@
 """What a training run does besides training: optimizer, checkpoints, logs, compile, previews."""
 
-from pathlib import Path
 from typing import Any
 
-import folder_paths
 from comfy_api.latest import io
 
 from ..engine.arguments import parse_arguments, parse_literal
@@ -21,6 +19,7 @@ from ..engine.training.options import (
 from ..engine.training.schedule import LR_SCHEDULERS
 from ..engine.training.state import STATE_SUFFIX
 from . import sockets
+from .outputs import inside_output, output_folder, plain_name
 
 CUSTOM = "custom"
 
@@ -230,9 +229,9 @@ class BraidTrainingLog(io.ComfyNode):
     ) -> io.NodeOutput:
         part = TrainingLog(
             log_with=log_with,
-            logging_dir=_inside_output("logging_dir", logging_dir),
-            log_prefix=_plain_name("log_prefix", log_prefix),
-            log_tracker_name=_plain_name("log_tracker_name", log_tracker_name) or "network_train",
+            logging_dir=inside_output("logging_dir", logging_dir),
+            log_prefix=plain_name("log_prefix", log_prefix),
+            log_tracker_name=plain_name("log_tracker_name", log_tracker_name) or "network_train",
             wandb_run_name=wandb_run_name,
         )
         return _chained(options, log=part)
@@ -492,24 +491,9 @@ def _literal(key: str, value: str) -> object:
 
 def _states() -> list[str]:
     """Saved states under output/loras, relative to it, newest first."""
-    loras = Path(folder_paths.get_output_directory()) / "loras"
+    loras = output_folder() / "loras"
     found = sorted(loras.rglob(f"*{STATE_SUFFIX}"), key=lambda p: p.stat().st_mtime, reverse=True)
     return [path.relative_to(loras).as_posix() for path in found]
-
-
-def _inside_output(option: str, folder: str) -> Path:
-    """A folder inside ComfyUI's output; ValueError for one outside."""
-    output = Path(folder_paths.get_output_directory()).resolve()
-    resolved = (output / folder).resolve()
-    if not resolved.is_relative_to(output):
-        raise ValueError(f"{option} is {folder!r}; give a folder inside {output}, such as logs")
-    return resolved
-
-
-def _plain_name(option: str, name: str) -> str:
-    if any(c in name for c in '/\\<>:"|?*') or name in (".", ".."):
-        raise ValueError(f"{option} is {name!r}; it is part of a folder name and may hold no path")
-    return name
 
 
 NODES = [

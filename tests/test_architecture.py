@@ -100,3 +100,11 @@ def test_matplotlib_is_not_imported_while_comfyui_starts(path):
     names = [a.name for n in while_loading if isinstance(n, ast.Import) for a in n.names]
     names += [n.module or "" for n in while_loading if isinstance(n, ast.ImportFrom)]
     assert "matplotlib" not in {name.split(".")[0] for name in names}, f"{path}: see canvas.py"
+
+
+def test_only_one_file_makes_a_path_to_write_from_what_was_typed():
+    makers = {"get_save_image_path", "get_output_directory"}
+    found = [p.name for p in SOURCES if any(name in p.read_text() for name in makers)]
+    assert found == ["outputs.py"], (
+        "use nodes/outputs.py, which tests/comfyui/test_typed_paths.py tries"
+    )

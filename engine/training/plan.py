@@ -3,9 +3,11 @@
 import re
 from dataclasses import dataclass
 
+from ..names import check_typed_path
+
 LOSS_TYPES = ("mse", "huber", "smooth_l1")
 MIXED_PRECISIONS = ("bf16", "fp16", "no")
-FORBIDDEN_IN_NAMES = re.compile(r'[<>:"|?*\x00-\x1f\\]')
+FORBIDDEN_IN_NAMES = re.compile(r'[<>:"|?*\\]')
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +61,7 @@ class TrainingPlan:
         self._check_output_name()
 
     def _check_output_name(self) -> None:
+        check_typed_path("output_name", self.output_name)
         parts = self.output_name.split("/")
         if not self.output_name.strip() or any(p.strip() in ("", ".", "..") for p in parts):
             raise ValueError(

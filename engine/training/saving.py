@@ -187,14 +187,18 @@ def find_state(root: Path, output_name: str, resume: str) -> Path | None:
 def run_folder(root: Path, output_name: str, state_file: Path | None) -> Path:
     """Where a run saves: beside the state it goes on from, if that is its own; else a free folder.
 
-    A state from elsewhere, or of another output_name, is only read.
+    A state from elsewhere, or of another output_name, is only read. ValueError where a link below
+    root would lead the files elsewhere.
     """
     name = Path(output_name).name
     if state_file is not None and state_file.name.startswith(f"{name}-step"):
         folder = state_file.parent.resolve()
         if folder.is_relative_to(root.resolve()):
             return folder
-    return free_folder(root, output_name)
+    folder = free_folder(root, output_name)
+    if not folder.resolve().is_relative_to(root.resolve()):
+        raise ValueError(f"output_name is {output_name!r}, which a link leads out of {root}")
+    return folder
 
 
 def resumed(run: TrainingRun, path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:

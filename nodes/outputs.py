@@ -1,0 +1,47 @@
+"""Where nodes write: what is typed, as a place inside ComfyUI's output folder."""
+
+from pathlib import Path
+
+import folder_paths
+
+from ..engine.names import check_typed_path
+
+FORBIDDEN_IN_NAMES = '/\\<>:"|?*'
+
+
+def output_folder() -> Path:
+    return Path(folder_paths.get_output_directory())
+
+
+def inside_output(option: str, typed: str, below: str = "") -> Path:
+    """A path inside output/`below`, links followed; ValueError for one that leads out of it."""
+    check_typed_path(option, typed)
+    root = (output_folder() / below).resolve()
+    resolved = (root / typed).resolve()
+    if not resolved.is_relative_to(root):
+        raise ValueError(f"{option} is {typed!r}, which is not inside {root}; give a path in it")
+    return resolved
+
+
+def next_file(filename_prefix: str, suffix: str, below: str = "") -> Path:
+    """The next free numbered file of that prefix under output/`below`, whose folder then exists.
+
+    ValueError when the prefix names no file or leads out of the output folder.
+    """
+    if not filename_prefix.strip() or filename_prefix.endswith(("/", "\\")):
+        raise ValueError(
+            f"filename_prefix {filename_prefix!r} names no file; write one such as loras/my_lora"
+        )
+    inside_output("filename_prefix", filename_prefix, below)
+    root = output_folder() / below
+    root.mkdir(parents=True, exist_ok=True)
+    folder, name, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, str(root))
+    return Path(folder) / f"{name}_{counter:05}_{suffix}"
+
+
+def plain_name(option: str, name: str) -> str:
+    """A part of a folder's name; ValueError for what holds a path."""
+    check_typed_path(option, name)
+    if any(sign in name for sign in FORBIDDEN_IN_NAMES) or name in (".", ".."):
+        raise ValueError(f"{option} is {name!r}; it is part of a folder name and may hold no path")
+    return name
