@@ -38,6 +38,12 @@ def test_optimizer_arguments_are_python_literals_or_a_bare_word():
     assert spec.lr_scheduler_args == {"power": 2.0}
 
 
+def test_true_false_and_none_are_no_words_in_whatever_case():
+    text = "amsgrad=false\nmaximize=TRUE\nforeach=none"
+    spec = optimizer(optimizer_args=text)
+    assert spec.optimizer_args == {"amsgrad": False, "maximize": True, "foreach": None}
+
+
 @pytest.mark.parametrize(
     "text, sentence",
     [
