@@ -47,11 +47,16 @@ def refuse_unknown(option: str, arguments: Mapping[str, str], known: Collection[
     """ValueError for the first key that is not in `known`, with the closest one and all of them."""
     for key in arguments:
         if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            guess = f" (did you mean {close[0]}?)" if close else ""
             raise ValueError(
-                f"{option}: unknown key {key!r}{guess}; known keys: {', '.join(sorted(known))}"
+                f"{option}: unknown key {key!r}{did_you_mean(key, known)}; "
+                f"known keys: {', '.join(sorted(known))}"
             )
+
+
+def did_you_mean(word: str, known: Collection[str]) -> str:
+    """ " (did you mean …?)" with the closest known word, or nothing."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def parse_literal(key: str, value: str, allowed: str = LITERALS) -> object:

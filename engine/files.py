@@ -93,28 +93,38 @@ def read_header(path: Path) -> SafetensorsHeader:
             raise ValueError(
                 f"{path}: not a safetensors file, or cut short (header {length} of {size} bytes)"
             )
-        try:
-            raw = json.loads(file.read(length))
-        except ValueError as error:
-            raise ValueError(
-                f"{path}: not a safetensors file (its header is not JSON: {error})"
-            ) from error
-    data_start = 8 + length
-    metadata = raw.pop("__metadata__", None) or {}
-    ordered = sorted(raw.items(), key=lambda item: item[1]["data_offsets"])
-    tensors = {
-        name: TensorEntry(
-            dtype=entry["dtype"],
-            shape=tuple(entry["shape"]),
-            start=data_start + entry["data_offsets"][0],
-            end=data_start + entry["data_offsets"][1],
-        )
-        for name, entry in ordered
-    }
-    end = max((entry.end for entry in tensors.values()), default=data_start)
+        text = file.read(length)
+    try:
+        header = _parsed_header(text, data_start=8 + length)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        what = f"{type(error).__name__} {error}"
+        raise ValueError(
+            f"{path}: not a safetensors file (its header is damaged: {what})"
+        ) from error
+    end = max((entry.end for entry in header.tensors.values()), default=header.data_start)
     if end > size:
         raise ValueError(
             f"{path}: cut short (needs {end} bytes, has {size}); copy or save it again"
+        )
+    return header
+
+
+def _parsed_header(text: bytes, data_start: int) -> SafetensorsHeader:
+    """The header from its JSON; any of the errors that `read_header` catches where it is wrong."""
+    raw = json.loads(text)
+    metadata = raw.pop("__metadata__", None) or {}
+    if not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("its metadata is not all text")
+    tensors = {}
+    for name, entry in sorted(raw.items(), key=lambda item: item[1]["data_offsets"]):
+        start, end = entry["data_offsets"]
+        if not 0 <= start <= end:
+            raise ValueError(f"{name} lies at {start} to {end}")
+        tensors[name] = TensorEntry(
+            dtype=entry["dtype"],
+            shape=tuple(entry["shape"]),
+            start=data_start + start,
+            end=data_start + end,
         )
     return SafetensorsHeader(metadata=metadata, tensors=tensors, data_start=data_start)
 

@@ -157,6 +157,11 @@ class BraidCheckpointing(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, resume: str) -> bool:
+        """Any state may be typed; whether it exists is said when the run starts."""
+        return True
+
+    @classmethod
     def execute(
         cls,
         save_every_n_steps: int,
@@ -482,11 +487,10 @@ def _literals(text: str, option: str) -> dict[str, object]:
 
 
 def _literal(key: str, value: str) -> object:
-    return (
-        value
-        if value.isidentifier() and value not in ("True", "False", "None")
-        else (parse_literal(key, value))
-    )
+    words = {"true": True, "false": False, "none": None}  # "false" as text would count as true
+    if value.lower() in words:
+        return words[value.lower()]
+    return value if value.isidentifier() else parse_literal(key, value)
 
 
 def _states() -> list[str]:

@@ -128,6 +128,7 @@ def identity(training: LoraTraining, run: TrainingRun, targets: TargetReport) ->
         "timesteps": repr(training.timesteps),
         "optimizer": run.optimization.description,
         "lr_scheduler": training.optimizer.lr_scheduler,
+        "lr_warmup_steps": training.optimizer.lr_warmup_steps,
         "lr_scheduler_args": repr(dict(training.optimizer.lr_scheduler_args)),
         "ema_shadows": training.checkpointing.ema_shadows,
         **{

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -120,15 +121,15 @@ def train_lora(
             say(f"resumed at step {run.step} from {state_file.name}")
         steps = compiled_steps(run, compilation)
         if shadows:
-            steps = _shadowed(steps, shadows)
+            steps = _shadowed(steps, run, shadows)
         steps = _with_options(steps, run, training, denoiser, saver, stack, report)
         _train(steps, run, saver, say)
         lora = _save_finished(saver, adapter, report, say)
         shadow_file = _save_shadows(shadows, adapter, folder) if shadows else None
     report |= {
         "steps_done": run.step,
-        "seconds_per_step": round(run.seconds_per_step, 4),
-        "first_step_seconds": round(run.first_step_seconds, 4),
+        "seconds_per_step": _seconds(run.seconds_per_step),
+        "first_step_seconds": _seconds(run.first_step_seconds),
         "compiled": compilation.state,
     }
     return TrainedLora(
@@ -137,6 +138,11 @@ def train_lora(
         checkpoints=Checkpoints(files=saver.checkpoints().files, shadows=shadow_file),
         report=report,
     )
+
+
+def _seconds(seconds: float) -> float | None:
+    """For the report; None where no step was made."""
+    return None if math.isnan(seconds) else round(seconds, 4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,15 +230,21 @@ def _build_shadows(network: Network, targets: TargetReport) -> Shadows:
     return Shadows({key: tensor for key, tensor in live.items() if not key.endswith(".alpha")})
 
 
-def _shadowed(steps: Iterator[TrainingStep], shadows: Shadows) -> Iterator[TrainingStep]:
+def _shadowed(
+    steps: Iterator[TrainingStep], run: TrainingRun, shadows: Shadows
+) -> Iterator[TrainingStep]:
+    """Average what would be saved: of a schedule-free optimizer its average, not what it trains."""
     for step in steps:
-        shadows.update(step.step)
+        if shadows.is_due(step.step):
+            with run.optimization.averaged():
+                shadows.update(step.step)
         yield step
 
 
 def _save_shadows(shadows: Shadows, adapter: _Adapter, folder: Path) -> Path | None:
     """The shadow file beside the final adapter; None, with a warning, when it cannot be written."""
-    shadows.catch_up(adapter.run.step)
+    with adapter.run.optimization.averaged():
+        shadows.catch_up(adapter.run.step)
     built = adapter.build({"ss_steps": str(adapter.run.step)})
     constants = {key: tensor for key, tensor in built.items() if key.endswith(".alpha")}
     path = folder / f"{adapter.training.name}{SHADOWS_SUFFIX}"

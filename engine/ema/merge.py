@@ -2,9 +2,11 @@
 
 from bisect import bisect_right
 from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from io import FileIO
+from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
 
@@ -79,10 +81,20 @@ def write_merged(merge: Merge, output: Path) -> Iterator[Progress]:
     hasher = SshsHasher(layout, merge.metadata)
     with replaced_when_whole(output) as temporary, temporary.open("wb") as file:
         file.write(header_bytes(layout, merge.metadata | NO_HASHES))
-        for chunk, progress in _merged_bytes(merge):
+
+        def store(chunk: memoryview) -> None:
             file.write(chunk)
             hasher.update(chunk)
-            yield progress
+
+        with ThreadPoolExecutor(max_workers=1) as beside:  # stores one while the next is averaged
+            storing: Future[None] | None = None
+            for chunk, progress in _merged_bytes(merge):
+                if storing:
+                    storing.result()
+                storing = beside.submit(store, chunk)
+                yield progress
+            if storing:
+                storing.result()
         file.seek(0)
         file.write(header_bytes(layout, merge.metadata | hasher.hashes()))
 
@@ -104,7 +116,7 @@ def merged_tensors(merge: Merge) -> Generator[Progress, None, dict[str, Tensor]]
 
 
 def _merged_bytes(merge: Merge) -> Iterator[tuple[memoryview, Progress]]:
-    """The data section of the output in order; each chunk is valid until the next one."""
+    """The data section of the output in order; a chunk stays valid while the next one is made."""
     total = sum(entry.end - entry.start for entry in output_layout(merge.reference).values())
     done = 0
     with ExitStack() as stack:
@@ -134,7 +146,7 @@ def _on_one_thread() -> Iterator[None]:
 
 
 class _Chunks:
-    """Reads and averages the files piece by piece in three buffers."""
+    """Reads and averages the files piece by piece in a few buffers."""
 
     def __init__(self, merge: Merge, files: Sequence[FileIO]) -> None:
         self._merge = merge
@@ -142,26 +154,31 @@ class _Chunks:
         self._raw = torch.empty(CHUNK_ELEMENTS * 8, dtype=torch.uint8)
         self._values = torch.empty(CHUNK_ELEMENTS, dtype=torch.float32)
         self._average = torch.empty(CHUNK_ELEMENTS, dtype=torch.float32)
+        self._outputs = cycle([torch.empty_like(self._raw), torch.empty_like(self._raw)])
 
     def merged(self, span: Span, first: int, last: int) -> Tensor:
-        """Elements `first` to `last` of a span in the dtype of the output."""
+        """Elements `first` to `last` of a span in the dtype of the output.
+
+        Valid until the call after the next one.
+        """
+        output = next(self._outputs)
         if not span.is_averaged:
-            return self._read(self._merge.reference_index, span, first, last)
+            return self._read(self._merge.reference_index, span, first, last, output)
         average = self._average[: last - first]
         values = self._values[: last - first]
-        average.copy_(self._read(0, span, first, last))
+        average.copy_(self._read(0, span, first, last, self._raw))
         for index, beta in enumerate(self._merge.betas, start=1):
             # each product is rounded before the sum: musubi's result, bit for bit
-            values.copy_(self._read(index, span, first, last)).mul_(1 - beta)
+            values.copy_(self._read(index, span, first, last, self._raw)).mul_(1 - beta)
             average.mul_(beta).add_(values)
         if not average.sum().isfinite():
             self._check_finite(span, first, last)
-        return self._raw.view(span.dtype)[: last - first].copy_(average)
+        return output.view(span.dtype)[: last - first].copy_(average)
 
-    def _read(self, index: int, span: Span, first: int, last: int) -> Tensor:
-        """The same elements of one file, in its own dtype; valid until the next read."""
+    def _read(self, index: int, span: Span, first: int, last: int, buffer: Tensor) -> Tensor:
+        """The same elements of one file in `buffer`, in the file's own dtype."""
         start, dtype = span.inputs[index]
-        raw = self._raw[: (last - first) * dtype.itemsize]
+        raw = buffer[: (last - first) * dtype.itemsize]
         file = self._files[index]
         file.seek(start + first * dtype.itemsize)
         if file.readinto(raw.numpy()) != len(raw):
@@ -171,7 +188,7 @@ class _Chunks:
     def _check_finite(self, span: Span, first: int, last: int) -> None:
         """Name the file and the tensor that hold NaN or infinity between two elements."""
         for index, source in enumerate(self._merge.sources):
-            values = self._read(index, span, first, last).float()
+            values = self._read(index, span, first, last, self._raw).float()
             bad = (~values.isfinite()).nonzero()
             if len(bad):
                 key = key_at(span, first + int(bad[0]), source)
@@ -190,9 +207,11 @@ class _Overlay:
 def _overlays(span: Span, merge: Merge) -> list[_Overlay]:
     if not span.is_averaged:
         return []
+    inside = list(copied_inside(span, merge.sources))
+    values = merge.reference.read_each(key for _, _, key in inside)
     return [
-        _Overlay(first=first, last=last, values=merge.reference.read(key).flatten())
-        for first, last, key in copied_inside(span, merge.sources)
+        _Overlay(first=first, last=last, values=values[key].flatten())
+        for first, last, key in inside
     ]
 
 

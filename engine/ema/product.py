@@ -99,12 +99,12 @@ def refactor(ups: Sequence[Tensor], downs: Sequence[Tensor], weights: Sequence[f
     right = torch.cat([root * down for root, down in zip(roots, downs, strict=True)])
     q_left, r_left = torch.linalg.qr(left)  # (out, n), (n, N·r)
     q_right, r_right = torch.linalg.qr(right.T)  # (in, m), (m, N·r)
-    u, s, vh = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
-    kept = s[:rank]
-    root = kept.sqrt()
-    up = q_left @ (u[:, :rank] * root)
-    down = (root[:, None] * vh[:rank]) @ q_right.T
-    squares = s.double().square()
+    # the core in float64: it holds squares, which leave the range of float32 where factors do not
+    u, s, vh = torch.linalg.svd(r_left.double() @ r_right.double().T, full_matrices=False)
+    root = s[:rank].sqrt()
+    up = q_left @ (u[:, :rank] * root).float()
+    down = (root[:, None] * vh[:rank]).float() @ q_right.T
+    squares = s.square()
     return Product(
         up=_padded(up, rank, dim=1),
         down=_padded(down, rank, dim=0),

@@ -57,9 +57,15 @@ def cumulative_profile(time: Floats, end: float, gamma: float) -> Floats:
 
 
 def mean_cumulative_profile(start: Floats, stop: Floats, end: float, gamma: float) -> Floats:
-    """Mean of `cumulative_profile` over each interval [start, stop], start < stop."""
-    a, b = start / end, stop / end
-    return (b ** (gamma + 2) - a ** (gamma + 2)) / ((gamma + 2) * (b - a))
+    """Mean of `cumulative_profile` over each interval [start, stop], start < stop.
+
+    Its integral is power(stop) - power(start) with exponent gamma + 2, here by log1p and expm1: the
+    plain difference of two nearly equal powers loses the digits of a short interval.
+    """
+    length = (stop - start) / stop
+    with np.errstate(divide="ignore"):  # an interval from 0: log 0 = -inf, and expm1 of that is -1
+        share = -np.expm1((gamma + 2) * np.log1p(-length))
+    return cumulative_profile(stop, end, gamma) * share / ((gamma + 2) * length)
 
 
 def power_beta(gamma: float, step: float, interval: float) -> float:

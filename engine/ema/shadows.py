@@ -33,7 +33,10 @@ from .profile import (
 )
 
 SIGMA_RELS = (0.05, 0.08, 0.13, 0.2, 0.25)
-"""Five widths from which every profile of 0.05 to 0.25 is rebuilt within 0.8 %."""
+"""Five widths from which every profile of 0.05 to 0.25 is rebuilt within 0.8 %.
+
+With 0.12 and 0.18 in the middle instead, the widths around 0.23 are off by up to 1.4 %.
+"""
 UPDATE_EVERY_STEPS = 10
 METADATA_KEY = "braid.shadows"
 FORMAT = 1
@@ -85,9 +88,13 @@ class Shadows:
             for _ in self.sigma_rels
         ]
 
+    def is_due(self, step: int) -> bool:
+        """Whether `update` would average at `step`."""
+        return step - self.step >= self.update_every_steps
+
     def update(self, step: int) -> None:
         """Tell that optimizer step `step` (from 1) is done; averages when enough have passed."""
-        if step - self.step >= self.update_every_steps:
+        if self.is_due(step):
             self.catch_up(step)
 
     @torch.no_grad()

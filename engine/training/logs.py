@@ -43,12 +43,14 @@ class TrainingLogs:
     def record(self) -> None:
         """Log every record and validation that came since the last call, in order of steps."""
         history = self._run.history
-        for record in history.records[self._logged :]:
-            self._logged += 1
-            self._log_step(record)
-        for validation in history.validations[self._validated :]:
-            self._log_validation(validation)
+        new = [*history.records[self._logged :], *history.validations[self._validated :]]
         self._validated = len(history.validations)
+        for record in sorted(new, key=lambda record: record.step):
+            if isinstance(record, ValidationRecord):
+                self._log_validation(record)
+            else:
+                self._logged += 1
+                self._log_step(record)
 
     def record_image(self, tag: str, picture: np.ndarray, step: int) -> None:
         """picture: (H, W, 3) in [0, 1]."""
@@ -59,6 +61,7 @@ class TrainingLogs:
     def close(self) -> None:
         try:
             self.record()
+            self._log_timesteps(self._run.step)
         finally:
             self._tell(lambda tracker: tracker.close())
 
@@ -71,7 +74,9 @@ class TrainingLogs:
         if run.epoch_after(record.step) > run.epoch_after(record.step - 1):
             values["loss/epoch"] = average
         self._scalars(values, record.step)
-        self._log_timesteps(record)
+        self._timesteps += record.timesteps
+        if record.step % HISTOGRAM_EVERY_STEPS == 0:
+            self._log_timesteps(record.step)
 
     def _log_validation(self, record: ValidationRecord) -> None:
         measured = [(i, loss) for i, loss in enumerate(record.bins) if not math.isnan(loss)]
@@ -81,19 +86,19 @@ class TrainingLogs:
     def _scalars(self, values: Mapping[str, float], step: int) -> None:
         self._tell(lambda tracker: tracker.scalars(values, step))
 
-    def _log_timesteps(self, record: StepRecord) -> None:
-        self._timesteps += record.timesteps
-        if record.step % HISTOGRAM_EVERY_STEPS == 0:
+    def _log_timesteps(self, step: int) -> None:
+        """The noise levels drawn since the last histogram, if any."""
+        if self._timesteps:
             drawn = np.asarray(self._timesteps)
-            self._tell(lambda tracker: tracker.histogram("timesteps", drawn, record.step))
-            self._timesteps.clear()
+            self._tell(lambda tracker: tracker.histogram("timesteps", drawn, step))
+            self._timesteps = []
 
     def _tell(self, act: Callable[[Tracker], None]) -> None:
         """Tell every tracker; one that cannot write any more is left out from then on."""
         for tracker in tuple(self._trackers):
             try:
                 act(tracker)
-            except OSError as error:
+            except Exception as error:  # a full disk, or whatever W&B makes of a lost connection
                 logger.warning("logging stops here, training goes on (%s)", error)
                 self._trackers.remove(tracker)
 
@@ -168,20 +173,26 @@ class _WandB:
         _refuse_without_login(wandb)
         folder.mkdir(parents=True, exist_ok=True)
         self._wandb = wandb
-        self._run = wandb.init(
-            project=log.log_tracker_name,
-            name=log.wandb_run_name or None,
-            dir=str(folder),
-            config=dict(config),
-            reinit="create_new",
-            settings=wandb.Settings(
-                console="off",  # the host's console is not ours to send
-                disable_git=True,
-                disable_code=True,
-                x_disable_meta=True,  # paths, command line and user name
-                x_disable_machine_info=True,
-            ),
-        )
+        try:
+            self._run = wandb.init(
+                project=log.log_tracker_name,
+                name=log.wandb_run_name or None,
+                dir=str(folder),
+                config=dict(config),
+                reinit="create_new",
+                settings=wandb.Settings(
+                    console="off",  # the host's console is not ours to send
+                    disable_git=True,
+                    disable_code=True,
+                    x_disable_meta=True,  # paths, command line and user name
+                    x_disable_machine_info=True,
+                ),
+            )
+        except wandb.Error as error:
+            raise ValueError(
+                f"log_with wandb: W&B does not start ({error}); start ComfyUI with "
+                "WANDB_MODE=offline, or log with tensorboard"
+            ) from error
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         self._run.log(dict(values), step=step)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..arguments import did_you_mean, refuse_unknown
 from .schedule import LR_SCHEDULERS, build_schedule
 
 logger = logging.getLogger("comfyui_braid.training")
@@ -25,10 +26,14 @@ OPTIMIZERS = {
     "RAdam": "torch.optim.RAdam",
     "SGD": "torch.optim.SGD",
 }
-"""Short names; any other importable class is named by its dotted path."""
+"""Short names, in any case; any other importable class is named by its dotted path."""
 DEFAULT_ARGUMENTS: dict[str, dict[str, Any]] = {
     # with relative_step, its library default, Adafactor ignores the learning rate it is given
-    "Adafactor": {"relative_step": False, "scale_parameter": False, "warmup_init": False},
+    "transformers.optimization.Adafactor": {
+        "relative_step": False,
+        "scale_parameter": False,
+        "warmup_init": False,
+    },
 }
 SET_ELSEWHERE = {"lr": "learning_rate of Train LoRA", "params": "LoRA Network"}
 
@@ -55,15 +60,16 @@ class OptimizerSpec:
             )
         if self.lr_warmup_steps < 0:
             raise ValueError(f"lr_warmup_steps is {self.lr_warmup_steps}; it must be 0 or more")
+        if self.is_schedule_free and (self.lr_scheduler != "constant" or self.lr_warmup_steps):
+            raise ValueError(
+                f"{self.optimizer_type} replaces the schedule; set lr_scheduler to constant "
+                f"(it is {self.lr_scheduler}) and lr_warmup_steps to 0 (it is "
+                f"{self.lr_warmup_steps:g}), and give warmup_steps in optimizer_args instead"
+            )
         if self.lr_scheduler == "constant" and self.lr_warmup_steps:
             raise ValueError(
                 f"lr_scheduler constant has no warm-up, but lr_warmup_steps is "
                 f"{self.lr_warmup_steps}; choose constant_with_warmup or set lr_warmup_steps to 0"
-            )
-        if self.is_schedule_free and self.lr_scheduler != "constant":
-            raise ValueError(
-                f"{self.optimizer_type} replaces the schedule; set lr_scheduler to constant "
-                f"(it is {self.lr_scheduler}) and give warmup_steps in optimizer_args instead"
             )
         for name, place in SET_ELSEWHERE.items():
             if name in self.optimizer_args:
@@ -88,9 +94,9 @@ class OptimizerSpec:
         return self.class_name.startswith("dadapt") or "prodigy" in self.class_name
 
     def warmup_steps(self, steps: int) -> int:
-        """Warm-up in whole steps of a run of `steps`."""
+        """Warm-up in whole steps of a run of `steps`; of a share, as musubi, what is whole."""
         share = self.lr_warmup_steps
-        return round(share * steps) if share < 1 else round(share)
+        return int(share * steps) if share < 1 else int(share)
 
 
 class Optimization:
@@ -169,21 +175,35 @@ class Optimization:
         return {"optimizer": self.optimizer.state_dict(), "schedule": self._schedule.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken, at the rate that this run's schedule has there."""
         self.optimizer.load_state_dict(state["optimizer"])
-        self._schedule.load_state_dict(state["schedule"])
+        schedule = self._schedule
+        schedule.load_state_dict(state["schedule"])
+        for group, base, factor in zip(
+            self.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
+        ):
+            group["lr"] = base * factor(schedule.last_epoch)
 
 
 def find_optimizer_class(optimizer_type: str) -> type[torch.optim.Optimizer]:
     """The class of a short name, a name in torch.optim, or a dotted path."""
-    path = OPTIMIZERS.get(optimizer_type, optimizer_type)
+    short_names = {name.lower(): path for name, path in OPTIMIZERS.items()}
+    path = short_names.get(optimizer_type.lower(), optimizer_type)
     module_name, _, class_name = (path if "." in path else f"torch.optim.{path}").rpartition(".")
     found = None
     if all(part.isidentifier() for part in path.split(".")):
         found = getattr(_module(optimizer_type, module_name), class_name, None)
     if not (inspect.isclass(found) and issubclass(found, torch.optim.Optimizer)):
+        guess = did_you_mean(optimizer_type, OPTIMIZERS)
         raise ValueError(
-            f"optimizer_type {optimizer_type!r} is not an optimizer class; choose one of "
+            f"optimizer_type {optimizer_type!r} is not an optimizer class{guess}; choose one of "
             f"{', '.join(OPTIMIZERS)}, or the dotted path of a torch.optim.Optimizer"
+        )
+    closure = inspect.signature(found.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            f"optimizer_type {optimizer_type}: it computes the loss several times a step, which "
+            f"this trainer does not; choose one of {', '.join(OPTIMIZERS)}"
         )
     return found
 
@@ -206,12 +226,17 @@ def _module(optimizer_type: str, name: str) -> ModuleType | None:
 
 def _build(spec: OptimizerSpec, groups: Sequence[Mapping[str, Any]]) -> torch.optim.Optimizer:
     found = find_optimizer_class(spec.optimizer_type)
-    arguments = {**DEFAULT_ARGUMENTS.get(spec.optimizer_type, {}), **spec.optimizer_args}
+    parameters = inspect.signature(found).parameters
+    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        refuse_unknown("optimizer_args", spec.optimizer_args, parameters.keys() - SET_ELSEWHERE)
+    defaults = DEFAULT_ARGUMENTS.get(f"{found.__module__}.{found.__qualname__}", {})
     try:
-        return found([dict(group) for group in groups], lr=groups[0]["lr"], **arguments)
+        return found(
+            [dict(group) for group in groups],
+            lr=groups[0]["lr"],
+            **{**defaults, **spec.optimizer_args},
+        )
     except (TypeError, ValueError) as error:
-        known = ", ".join(list(inspect.signature(found).parameters)[1:])
         raise ValueError(
-            f"optimizer_args: {spec.optimizer_type} refuses {dict(spec.optimizer_args)} ({error}); "
-            f"it takes {known}"
+            f"optimizer_args: {spec.optimizer_type} refuses {dict(spec.optimizer_args)} ({error})"
         ) from error

@@ -3,6 +3,7 @@
 import glob
 import hashlib
 import logging
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -11,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoints import Checkpoint, Checkpoints
-from ..files import PARTIAL_SUFFIX
+from ..checkpoints import Checkpoint, Checkpoints, step_of
+from ..files import PARTIAL_SUFFIX, read_header
 from .loop import TrainingRun, TrainingStep
 from .options import Checkpointing
 from .state import STATE_SUFFIX, read_state, write_state
@@ -46,7 +47,6 @@ class Saver:
         self.identity = dict(identity)
         self._extra_state = extra_state
         self._saved: dict[int, Path] = {}
-        self._best: tuple[float, int] | None = None
         self._final_step: int | None = None
 
     def is_due(self, step: int) -> bool:
@@ -60,7 +60,7 @@ class Saver:
         self._saved[run.step] = path
         if self.checkpointing.save_state if with_state is None else with_state:
             self.save_state(run)
-        self._prune()
+        self._prune(run)
         return path
 
     def save_state(self, run: TrainingRun) -> Path:
@@ -88,8 +88,6 @@ class Saver:
             found = STEP_NAME.search(path.name)
             if found and int(found[1]) <= run.step:
                 self._saved[int(found[1])] = path
-        scored = [(v.loss, v.step) for v in run.history.validations if v.step in self._saved]
-        self._best = min(scored, default=None)
 
     def checkpoints(self) -> Checkpoints:
         """Every kept step checkpoint, oldest first, and the final file if it is of another step."""
@@ -113,20 +111,28 @@ class Saver:
             self._write_adapter(path, metadata)
 
     def _validation_metadata(self, run: TrainingRun) -> dict[str, str]:
+        """The held-out loss of this step, if it was measured, and whether no kept one is lower."""
         if not run.history.validations or run.history.validations[-1].step != run.step:
             return {}
         loss = run.history.validations[-1].loss
-        if self._best is not None and loss >= self._best[0] and run.step != self._best[1]:
-            return {VALIDATION_LOSS: repr(loss)}
-        self._best = (loss, run.step)
-        return {VALIDATION_LOSS: repr(loss), BEST: "true"}
+        others = [other for other, step in self._scored(run) if step != run.step]
+        is_best = math.isfinite(loss) and loss < min(others, default=math.inf)
+        return {VALIDATION_LOSS: repr(loss)} | ({BEST: "true"} if is_best else {})
 
-    def _prune(self) -> None:
+    def _scored(self, run: TrainingRun) -> list[tuple[float, int]]:
+        """(held-out loss, step) of the kept checkpoints that have one."""
+        return [
+            (record.loss, record.step)
+            for record in run.history.validations
+            if record.step in self._saved and math.isfinite(record.loss)
+        ]
+
+    def _prune(self, run: TrainingRun) -> None:
         """Keep the last N by count, and the best."""
         keep = self.checkpointing.save_last_n
         if not keep:
             return
-        best = self._best[1] if self._best else None
+        _, best = min(self._scored(run), default=(math.inf, None))
         for step in sorted(self._saved)[:-keep]:
             if step != best:
                 path = self._saved.pop(step)
@@ -214,16 +220,24 @@ def resumed(run: TrainingRun, path: Path, identity: Mapping[str, Any]) -> dict[s
                 f"resume: {path.name} was saved with {name} {theirs}, this run has {ours}; "
                 "resume with the same setting, or clear resume to start afresh"
             )
-    if int(state["run"]["step"]) >= run.plan.steps:
+    step = int(state["run"]["step"])
+    if step > run.plan.steps or (step == run.plan.steps and _is_finished(path, step)):
         raise ValueError(
-            f"resume: {path.name} is already at step {int(state['run']['step'])} of "
-            f"{run.plan.steps}; raise steps to train on"
+            f"resume: {path.name} is already at step {step} of {run.plan.steps}; raise steps to "
+            "train on"
         )
     try:
         run.load_state_dict(state["run"])
     except (KeyError, RuntimeError, TypeError) as error:
         raise ValueError(f"resume: {path.name} does not fit this run ({error})") from error
     return {key: value for key, value in state.items() if key not in ("identity", "run")}
+
+
+def _is_finished(state_file: Path, step: int) -> bool:
+    """Whether the finished adapter of `step` is there; a run stopped just before it is not done."""
+    name = STEP_NAME.sub(".", state_file.name)
+    final = state_file.with_name(name).with_suffix(".safetensors")
+    return final.is_file() and step_of(final, read_header(final).metadata) == step
 
 
 def fingerprint(value: Any) -> str:

@@ -2,11 +2,14 @@
 
 import functools
 import inspect
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
+
+from ..arguments import did_you_mean
 
 LR_SCHEDULERS = (
     "constant",
@@ -20,7 +23,6 @@ LR_SCHEDULERS = (
     "warmup_stable_decay",
     "rex",
 )
-REX_ARGUMENTS = ("rex_alpha", "rex_beta", "min_lr_ratio")
 
 
 def rex(
@@ -40,6 +42,8 @@ def rex(
     if step < warmup_steps:
         return min_lr_ratio + (1 - min_lr_ratio) * step / warmup_steps
     left = max(0.0, 1 - (step - warmup_steps) / max(1, steps - warmup_steps))
+    if left == 0:
+        return min_lr_ratio  # with rex_alpha 0 too, where the quotient is 0 / 0
     return min_lr_ratio + (1 - min_lr_ratio) * left / (rex_alpha + rex_beta * left)
 
 
@@ -52,23 +56,52 @@ def build_schedule(
     arguments: Mapping[str, Any],
 ) -> LambdaLR:
     """The schedule called `name` over `steps` optimizer steps; ValueError for a wrong argument."""
-    if name == "constant":
-        _refuse_unknown(name, arguments, ())
-        return LambdaLR(optimizer, lambda step: 1.0)
-    if name == "rex":
-        _refuse_unknown(name, arguments, REX_ARGUMENTS)
-        factor = functools.partial(rex, steps=steps, warmup_steps=warmup_steps, **arguments)
-        return LambdaLR(optimizer, factor)
-    return _from_transformers(optimizer, name, steps, warmup_steps, dict(arguments))
+    # transformers' functions are called by name and not through its get_scheduler, which drops
+    # arguments that some of them take
+    build = OWN_SCHEDULES.get(name) or _transformers_schedule(name)
+    given = {
+        "optimizer": optimizer,
+        "num_warmup_steps": warmup_steps,
+        "num_training_steps": steps,
+    }
+    takes = inspect.signature(build).parameters
+    arguments = _completed(name, arguments, steps, warmup_steps)
+    _refuse_unknown(name, arguments, [key for key in takes if key not in (*given, "last_epoch")])
+    try:
+        schedule = build(**{k: v for k, v in given.items() if k in takes}, **arguments)
+        _try_out(schedule, {0, 1, warmup_steps, steps // 2, steps - 1, steps})
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise ValueError(f"lr_scheduler_args: {name} refuses {arguments} ({error})") from error
+    return schedule
 
 
-def _from_transformers(
+def _constant(optimizer: torch.optim.Optimizer) -> LambdaLR:
+    return LambdaLR(optimizer, lambda step: 1.0)
+
+
+def _rex(
     optimizer: torch.optim.Optimizer,
-    name: str,
-    steps: int,
-    warmup_steps: int,
-    arguments: dict[str, Any],
+    num_warmup_steps: int,
+    num_training_steps: int,
+    rex_alpha: float = 0.1,
+    rex_beta: float = 0.9,
+    min_lr_ratio: float = 0.01,
 ) -> LambdaLR:
+    factor = functools.partial(
+        rex,
+        steps=num_training_steps,
+        warmup_steps=num_warmup_steps,
+        rex_alpha=rex_alpha,
+        rex_beta=rex_beta,
+        min_lr_ratio=min_lr_ratio,
+    )
+    return LambdaLR(optimizer, factor)
+
+
+OWN_SCHEDULES: dict[str, Callable[..., LambdaLR]] = {"constant": _constant, "rex": _rex}
+
+
+def _transformers_schedule(name: str) -> Callable[..., LambdaLR]:
     try:
         from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
     except ImportError as error:
@@ -76,27 +109,37 @@ def _from_transformers(
             f"lr_scheduler {name} comes from the package transformers, which is not installed "
             "here: pip install transformers"
         ) from error
-    build = {kind.value: function for kind, function in TYPE_TO_SCHEDULER_FUNCTION.items()}[name]
-    given = {
-        "optimizer": optimizer,
-        "num_warmup_steps": warmup_steps,
-        "num_training_steps": steps,
-    }
-    # called by name and not through get_scheduler, which drops what some of them take
-    takes = inspect.signature(build).parameters
-    _refuse_unknown(name, arguments, [key for key in takes if key not in (*given, "last_epoch")])
-    if name == "warmup_stable_decay" and "num_stable_steps" not in arguments:
-        arguments.setdefault("num_decay_steps", max(1, steps // 5))
-    if name == "cosine_with_min_lr" and not arguments.keys() & {"min_lr", "min_lr_rate"}:
-        arguments["min_lr_rate"] = 0.1
-    try:
-        return build(**{k: v for k, v in given.items() if k in takes}, **arguments)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"lr_scheduler_args: {name} refuses {arguments} ({error})") from error
+    return {kind.value: function for kind, function in TYPE_TO_SCHEDULER_FUNCTION.items()}[name]
+
+
+def _completed(
+    name: str, arguments: Mapping[str, Any], steps: int, warmup_steps: int
+) -> dict[str, Any]:
+    """The arguments, with those that a schedule needs and the user need not give."""
+    completed = dict(arguments)
+    if name == "cosine_with_min_lr":
+        if "min_lr_ratio" in completed:  # as musubi and the other schedules call it
+            completed["min_lr_rate"] = completed.pop("min_lr_ratio")
+        elif "min_lr" not in completed:
+            completed.setdefault("min_lr_rate", 0.1)
+    if name == "warmup_stable_decay" and "num_decay_steps" not in completed:
+        stable = completed.pop("num_stable_steps", steps - warmup_steps - steps // 5)
+        completed["num_decay_steps"] = max(1, steps - warmup_steps - stable)
+    return completed
+
+
+def _try_out(schedule: LambdaLR, steps: Collection[int]) -> None:
+    """ValueError or ArithmeticError now for a rate that would break the run in the middle."""
+    for step in sorted(steps):
+        for factor in schedule.lr_lambdas:
+            rate = factor(step)
+            if isinstance(rate, complex) or not 0 <= rate < math.inf:
+                raise ValueError(f"the rate at step {step} would be {rate} times the base rate")
 
 
 def _refuse_unknown(name: str, arguments: Mapping[str, Any], known: Collection[str]) -> None:
     for key in arguments:
         if key not in known:
             takes = f"it takes {', '.join(known)}" if known else "it takes no arguments"
-            raise ValueError(f"lr_scheduler_args: {name} does not know {key}; {takes}")
+            guess = did_you_mean(key, known)
+            raise ValueError(f"lr_scheduler_args: {name} does not know {key}{guess}; {takes}")

@@ -30,6 +30,9 @@ class Validator:
         self._timesteps_per_item = timesteps_per_item
         self._seed = seed
 
+    def is_due(self, run: TrainingRun) -> bool:
+        return run.step % self.every_n_steps == 0 or run.step == run.plan.steps
+
     def measure(self, run: TrainingRun) -> ValidationRecord:
         """The mean unweighted loss over all items and noise levels, dropout off."""
         run.network.eval()
@@ -81,9 +84,15 @@ def loss_per_bin(pairs: Sequence[tuple[float, float]], bins: int = BINS) -> tupl
 def validated(
     steps: Iterable[TrainingStep], run: TrainingRun, validator: Validator
 ) -> Iterator[TrainingStep]:
-    """Pass the steps through; every n steps, and after the last, measure."""
+    """Pass the steps through; every n steps, and after the last, measure.
+
+    A run that was stopped before it could measure its last step does that first.
+    """
+    measured = [record.step for record in run.history.validations]
+    if run.step and run.step not in measured and validator.is_due(run):
+        run.history.validations.append(validator.measure(run))
     for step in steps:
-        if step.step % validator.every_n_steps == 0 or step.step == run.plan.steps:
+        if validator.is_due(run):
             run.read_records()
             run.history.validations.append(validator.measure(run))
         yield step

@@ -3,10 +3,14 @@
 import dataclasses
 import inspect
 
+import execution
 import folder_paths
 import pytest
+from comfy_extras.nodes_preview_any import PreviewAny
+from host.awaiting import awaited
 from tiny_models import conditioning, latent
 
+import nodes as core_nodes
 from comfyui_braid.engine.training.options import TrainingOptions
 from comfyui_braid.nodes import training_options as nodes
 
@@ -36,6 +40,12 @@ def test_optimizer_arguments_are_python_literals_or_a_bare_word():
         "eps": 1e-8,
     }
     assert spec.lr_scheduler_args == {"power": 2.0}
+
+
+def test_true_false_and_none_are_no_words_in_whatever_case():
+    text = "amsgrad=false\nmaximize=TRUE\nforeach=none"
+    spec = optimizer(optimizer_args=text)
+    assert spec.optimizer_args == {"amsgrad": False, "maximize": True, "foreach": None}
 
 
 @pytest.mark.parametrize(
@@ -112,6 +122,19 @@ def test_dynamo_dynamic_is_torchs_three_way_switch(word, value):
         dynamo_backend="eager", dynamo_mode="default", dynamo_fullgraph=False, dynamo_dynamic=word
     ).result
     assert options.compilation.dynamo_dynamic is value
+
+
+def test_the_host_accepts_a_state_that_is_typed_and_not_offered(monkeypatch):
+    node = nodes.BraidCheckpointing
+    monkeypatch.setitem(core_nodes.NODE_CLASS_MAPPINGS, node.__name__, node)
+    inputs = {"save_every_n_steps": 1, "save_last_n": 0, "save_state": True, "ema_shadows": False}
+    prompt = {
+        "1": {"class_type": node.__name__, "inputs": inputs | {"resume": "/elsewhere/a.state"}},
+        "2": {"class_type": "PreviewAny", "inputs": {"source": ["1", 0]}},
+    }
+    monkeypatch.setitem(core_nodes.NODE_CLASS_MAPPINGS, "PreviewAny", PreviewAny)
+    valid = awaited(execution.validate_prompt("id", prompt, None))
+    assert valid[0], valid
 
 
 def test_saved_states_are_offered_newest_first(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Whole runs through the node's own path, on tiny real models inside ComfyUI."""
 
 import dataclasses
+import json
 
 import comfy.lora
 import comfy.model_management
@@ -19,6 +20,7 @@ from comfyui_braid.engine.timesteps.sampling import TimestepSampling
 from comfyui_braid.engine.training.optimizer import OptimizerSpec
 from comfyui_braid.engine.training.options import Checkpointing, TrainingOptions, Validation
 from comfyui_braid.engine.training.plan import TrainingPlan
+from comfyui_braid.engine.training.validation import Validator
 
 PLAN = TrainingPlan(
     steps=4, batch_size=2, learning_rate=1e-2, seed=3, mixed_precision="no", output_name="tiny"
@@ -119,6 +121,33 @@ def test_cancel_saves_adapter_and_state_and_the_resumed_run_equals_the_whole_one
     assert resumed.loss_map["timesteps"] == whole.loss_map["timesteps"]
 
 
+@pytest.mark.parametrize("stopped_at", [2, 4], ids=["in the middle", "after the last step"])
+def test_a_run_cancelled_while_it_measures_held_out_loss_goes_on_as_if_it_had_not_been(
+    stopped_at, tmp_path, monkeypatch
+):
+    held_out = pair_items([{"samples": latent("flux", 1, seed=9)}], [conditioning("flux", 9)])
+    options = TrainingOptions(
+        checkpointing=Checkpointing(resume="latest"),
+        validation=Validation(latents=(), conditioning=(), every_n_steps=2, timesteps_per_item=2),
+    )
+    whole = run("flux", tmp_path / "whole", options=options, held_out=held_out)
+    measure = Validator.measure
+
+    def cancelled(self, run):
+        if run.step == stopped_at:
+            raise comfy.model_management.InterruptProcessingException
+        return measure(self, run)
+
+    monkeypatch.setattr(Validator, "measure", cancelled)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        run("flux", tmp_path / "part", options=options, held_out=held_out)
+    monkeypatch.undo()
+    part = run("flux", tmp_path / "part", options=options, held_out=held_out)
+    assert same(part.lora, whole.lora)
+    assert repr(part.loss_map) == repr(whole.loss_map)  # NaN of an empty bin equals NaN
+    assert json.loads(json.dumps(part.report, allow_nan=False))["steps_done"] == PLAN.steps
+
+
 def test_held_out_loss_is_measured_and_marks_the_best_checkpoint(tmp_path):
     held_out = pair_items([{"samples": latent("flux", 1, seed=9)}], [conditioning("flux", 9)])
     options = TrainingOptions(
@@ -141,6 +170,10 @@ def test_held_out_loss_is_measured_and_marks_the_best_checkpoint(tmp_path):
         ({"network": NetworkSpec(rank=8, alpha=8)}, "network"),
         ({"plan": dataclasses.replace(PLAN, steps=9, seed=4)}, "seed"),
         ({"optimizer": OptimizerSpec(optimizer_type="SGD")}, "optimizer"),
+        (
+            {"optimizer": OptimizerSpec(lr_scheduler="linear", lr_warmup_steps=2)},
+            "lr_scheduler constant, this run has linear",
+        ),
     ],
 )
 def test_resuming_another_run_is_refused_by_the_name_of_what_differs(change, sentence, tmp_path):
@@ -150,6 +183,16 @@ def test_resuming_another_run_is_refused_by_the_name_of_what_differs(change, sen
     longer = {"plan": dataclasses.replace(PLAN, steps=9), **change}
     with pytest.raises(ValueError, match=sentence):
         run("flux", tmp_path, options=resume, **longer)
+
+
+def test_resuming_with_another_warm_up_is_refused(tmp_path):
+    options = TrainingOptions(checkpointing=Checkpointing(save_state=True))
+    warm = OptimizerSpec(lr_scheduler="linear", lr_warmup_steps=2)
+    run("flux", tmp_path, options=options, optimizer=warm)
+    resume = TrainingOptions(checkpointing=Checkpointing(resume="latest"))
+    longer = {"plan": dataclasses.replace(PLAN, steps=9), "options": resume}
+    with pytest.raises(ValueError, match="lr_warmup_steps 2, this run has 3"):
+        run("flux", tmp_path, optimizer=dataclasses.replace(warm, lr_warmup_steps=3), **longer)
 
 
 def test_latents_and_conditioning_that_do_not_fit_are_refused():

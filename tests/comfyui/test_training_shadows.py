@@ -14,6 +14,7 @@ from comfyui_braid.engine.comfyui import trainer
 from comfyui_braid.engine.comfyui.trainer import train_lora
 from comfyui_braid.engine.ema.profile import gamma_from_sigma_rel, power_beta
 from comfyui_braid.engine.ema.shadows import plan_reconstruction, read_shadows_info, reconstructed
+from comfyui_braid.engine.training.optimizer import OptimizerSpec
 from comfyui_braid.engine.training.options import Checkpointing, TrainingOptions
 
 LONG = dataclasses.replace(PLAN, steps=23, batch_size=1)
@@ -28,8 +29,12 @@ def shadows_of(trained):
     return safetensors.torch.load_file(trained.checkpoints.shadows)
 
 
-def test_the_shadows_are_the_power_averages_of_the_checkpoints_they_saw(tmp_path):
-    trained = run("flux", tmp_path, plan=LONG, options=options())
+@pytest.mark.parametrize("optimizer", ["AdamW", "AdamWScheduleFree"])
+def test_the_shadows_are_the_power_averages_of_the_checkpoints_they_saw(optimizer, tmp_path):
+    if optimizer == "AdamWScheduleFree":
+        pytest.importorskip("schedulefree")
+    spec = OptimizerSpec(optimizer_type=optimizer)
+    trained = run("flux", tmp_path, plan=LONG, options=options(), optimizer=spec)
     info = read_shadows_info(trained.checkpoints.shadows)
     assert info.step == 23
     assert trained.checkpoints.shadows.name == f"tiny{SHADOWS_SUFFIX}"

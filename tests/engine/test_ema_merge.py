@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import json
 import os
@@ -13,6 +14,7 @@ import safetensors.torch
 import torch
 from ema_files import ALPHA, DOWN, UP, adapter, average_of, checkpoints, finish, save, write_run
 
+from comfyui_braid.engine.checkpoints import find_checkpoints
 from comfyui_braid.engine.ema import merge as merge_module
 from comfyui_braid.engine.ema.merge import merged_tensors, prepare_merge, write_merged
 from comfyui_braid.engine.ema.schedule import BetaRamp, MusubiPower, Power
@@ -305,6 +307,71 @@ def test_a_header_that_lies_about_a_size_is_refused(tmp_path):
     path.write_bytes(raw.replace(b'"shape":[10,4]', b'"shape":[10,3]', 1))
     with pytest.raises(ValueError, match=r"lora_up.*takes 160 bytes.*takes 120.*damaged"):
         average_of(checkpoints([path]), HALF, sort="given")
+
+
+ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        [],
+        None,
+        {UP: [1]},
+        {UP: {"shape": [2], "data_offsets": [0, 8]}},
+        {UP: {"dtype": "F32", "shape": [2]}},
+        {UP: ENTRY | {"data_offsets": [0, 8, 9]}},
+        {UP: ENTRY | {"data_offsets": [-8, 0]}},
+        {UP: ENTRY | {"data_offsets": [8, 0]}},
+        {"__metadata__": [1], UP: ENTRY},
+        {"__metadata__": {"ss_steps": 5}, UP: ENTRY},
+    ],
+    ids=json.dumps,
+)
+def test_a_file_with_a_header_that_is_none_is_refused_by_name(header, tmp_path):
+    text = json.dumps(header).encode()
+    path = tmp_path / "odd.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+    with pytest.raises(ValueError, match="odd.safetensors: not a safetensors file.*damaged"):
+        find_checkpoints(tmp_path)
+
+
+def test_a_disk_that_fills_up_in_the_middle_ends_the_merge_and_leaves_no_file(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(merge_module, "CHUNK_ELEMENTS", 20)
+    update, calls = SshsHasher.update, []
+
+    def full(self, data):
+        calls.append(len(data))
+        if len(calls) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        update(self, data)
+
+    monkeypatch.setattr(SshsHasher, "update", full)
+    merge = prepare_merge(write_run(tmp_path / "run", 2), [0.5], like_musubi=False)
+    steps = write_merged(merge, tmp_path / "out" / "ema.safetensors")
+    with pytest.raises(OSError, match="No space left"):
+        finish(steps)
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_file_is_opened_a_few_times_however_many_alphas_it_has(tmp_path, monkeypatch):
+    opened, open_ = [], Path.open
+
+    def counted(path, *args, **kwargs):
+        opened.append(path)
+        return open_(path, *args, **kwargs)
+
+    few, many = (write_run(tmp_path / str(n), 2, modules=n) for n in (2, 20))
+    monkeypatch.setattr(Path, "open", counted)
+    counts = []
+    for index, paths in enumerate((few, many)):
+        opened.clear()
+        merge = prepare_merge(paths, [0.5], like_musubi=True)
+        finish(write_merged(merge, tmp_path / f"{index}.safetensors"))
+        counts.append(len(opened))
+    assert counts[0] == counts[1]
 
 
 def test_a_file_that_was_deleted_since_is_named(tmp_path):

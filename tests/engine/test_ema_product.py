@@ -40,6 +40,27 @@ def test_refactoring_is_the_best_low_rank_approximation():
     assert product.total == pytest.approx(float(whole.square().sum()), rel=1e-5)
 
 
+@pytest.mark.parametrize("scale", [1e-25, 1e-10, 1e10, 1e25])
+def test_factors_whose_products_leave_the_range_of_float32_are_refactored(scale):
+    generator = torch.Generator().manual_seed(1)
+    ups = [torch.randn(30, 4, generator=generator) * scale for _ in range(3)]
+    downs = [torch.randn(4, 20, generator=generator) * scale for _ in range(3)]
+    product = refactor(ups, downs, [0.2, 0.3, 0.5])
+    plain = refactor([up / scale for up in ups], [down / scale for down in downs], [0.2, 0.3, 0.5])
+    close = {"rtol": 1e-4, "atol": 1e-4}
+    ours = product.up.double() @ product.down.double() / scale**2
+    torch.testing.assert_close(ours, plain.up.double() @ plain.down.double(), **close)
+    assert product.removed / product.total == pytest.approx(plain.removed / plain.total, rel=1e-5)
+
+
+def test_files_that_are_zero_or_of_lower_rank_average_to_themselves():
+    up, down = torch.randn(30, 1) @ torch.randn(1, 4), torch.randn(4, 20)
+    for factor in (up, torch.zeros_like(up)):
+        product = refactor([factor] * 3, [down] * 3, [0.2, 0.3, 0.5])
+        assert torch.allclose(product.up @ product.down, factor @ down, atol=1e-5)
+        assert product.removed <= 1e-10 * max(product.total, 1e-30)
+
+
 def test_a_layer_smaller_than_the_rank_keeps_its_shape():
     product = refactor([torch.eye(2, 6)] * 2, [torch.eye(6, 3)] * 2, [0.5, 0.5])
     assert product.up.shape == (2, 6) and product.down.shape == (6, 3)

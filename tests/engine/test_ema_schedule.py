@@ -1,4 +1,5 @@
 import json
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +116,23 @@ def test_weights_are_the_integral_of_profile_times_hat(times, sigma_rel, windowe
     expected = np.array([integral(i) for i in range(len(times))])
     expected /= 1 - (begin / end) ** (gamma + 1) if windowed else 1
     assert np.abs(power_weights(gamma, times, windowed) - expected).max() <= 1e-12
+
+
+@pytest.mark.parametrize(
+    "times", [[1, 999_998, 999_999, 1_000_000], list(range(70_001, 70_009)), [5e5, 5e5 + 1, 1e6]]
+)
+@pytest.mark.parametrize("gamma", [0, 1, 2, 17])
+def test_files_a_step_apart_late_in_a_long_run_keep_their_digits(times, gamma):
+    """Against exact fractions, which whole exponents allow."""
+    end = Fraction(times[-1])
+    knots = [Fraction(time) / end for time in times]
+
+    def mean(a, b):
+        return (b ** (gamma + 2) - a ** (gamma + 2)) / ((gamma + 2) * (b - a))
+
+    means = [0, *(mean(a, b) for a, b in zip(knots, knots[1:], strict=False)), 1]
+    exact = [float(b - a) for a, b in zip(means, means[1:], strict=False)]
+    assert np.abs(power_weights(float(gamma), times) - exact).max() <= 1e-14
 
 
 @pytest.mark.parametrize("times,sigma_rel", CASES, ids=str)

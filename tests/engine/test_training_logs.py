@@ -81,6 +81,10 @@ def test_tensorboard_reads_musubis_tags_and_folders_at_the_right_steps(tmp_path)
     assert 1 <= len(bins) <= 2 and not any(math.isnan(events.Scalars(t)[0].value) for t in bins)
     assert events.Tags()["images"] == ["sample"] and events.Images("sample")[0].step == 2
     assert "steps" in str(events.Tensors("config/text_summary")[0].tensor_proto)
+    # a run shorter than the interval of the histograms has one of all it drew, at its end
+    (histogram,) = events.Histograms("timesteps")
+    drawn = sum(len(record.timesteps) for record in run.history.records)
+    assert histogram.step == 9 and histogram.histogram_value.num == drawn
 
 
 def test_loss_epoch_is_logged_when_an_epoch_ends_at_the_step_where_it_ended(tmp_path):
@@ -139,23 +143,68 @@ def test_a_resumed_run_logs_only_what_is_new_at_continued_steps(tmp_path):
     assert [event.step for event in events.Scalars("loss/current")] == [3, 4]
 
 
-class FullDisk:
+class Told:
+    """A tracker that notes what it is told."""
+
     def __init__(self):
+        self.points = []
+
+    def scalars(self, values, step):
+        self.points += [(step, tag) for tag in values if tag in ("loss/current", "loss/validation")]
+
+    def histogram(self, tag, values, step):
+        self.points.append((step, tag, len(values)))
+
+    def close(self):
+        pass
+
+
+def test_a_validation_made_up_for_after_a_resume_is_logged_before_later_steps():
+    """W&B drops whatever comes after a later step."""
+    run, model = make_run(dataclasses.replace(PLAN, steps=4))
+    validator = Validator(run.dataset.items[:1], every_n_steps=2, timesteps_per_item=1, seed=0)
+    with attached(model, run.network):
+        for step in run.steps():
+            if step.step == 2:
+                break  # cancelled before it could be measured
+        tracker = Told()
+        logs = TrainingLogs([tracker], run)
+        for _ in validated(run.steps(), run, validator):
+            logs.record()
+    logs.close()
+    assert [record.step for record in run.history.validations] == [2, 4]
+    assert tracker.points == [
+        (2, "loss/validation"),
+        (3, "loss/current"),
+        (4, "loss/current"),
+        (4, "loss/validation"),
+        (4, "timesteps", sum(len(r.timesteps) for r in run.history.records[2:])),
+    ]
+
+
+class FullDisk:
+    def __init__(self, error):
         self.calls = 0
+        self.error = error
 
     def scalars(self, values, step):
         self.calls += 1
-        raise OSError(28, "No space left on device")
+        raise self.error
 
     histogram = image = scalars
 
     def close(self):
-        raise OSError(28, "No space left on device")
+        raise self.error
 
 
-def test_a_log_that_cannot_be_written_ends_the_log_and_not_the_run(caplog):
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "No space left on device"), RuntimeError("No space left in W&B's mailbox")],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_log_that_cannot_be_written_ends_the_log_and_not_the_run(error, caplog):
     run, model = make_run(dataclasses.replace(PLAN, steps=3))
-    tracker = FullDisk()
+    tracker = FullDisk(error)
     logs = TrainingLogs([tracker], run)
     with attached(model, run.network), caplog.at_level(logging.WARNING, "comfyui_braid"):
         for _ in run.steps():
@@ -214,6 +263,34 @@ def test_wandb_without_a_login_is_refused_before_training(tmp_path, monkeypatch)
             open_logs(TrainingLog(log_with="wandb", logging_dir=tmp_path), {}, run)
     finally:
         wandb.teardown()
+
+
+def test_wandb_that_does_not_start_is_one_sentence_before_training(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+
+    def unreachable(**settings):
+        raise wandb.errors.CommError("no connection")
+
+    monkeypatch.setattr(wandb, "init", unreachable)
+    wandb.teardown()
+    run, _ = make_run()
+    try:
+        with pytest.raises(ValueError, match="does not start .no connection.*WANDB_MODE=offline"):
+            open_logs(TrainingLog(log_with="wandb", logging_dir=tmp_path), {}, run)
+    finally:
+        wandb.teardown()
+
+
+def test_wandb_disabled_trains_and_writes_nothing(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    wandb.teardown()
+    try:
+        run, dated = logged_run(tmp_path, dataclasses.replace(PLAN, steps=2), log_with="wandb")
+    finally:
+        wandb.teardown()
+    assert run.step == 2 and not list(dated.iterdir())
 
 
 def test_an_unknown_tracker_is_refused_and_names_the_known_ones(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -82,12 +83,19 @@ def test_arguments_reach_the_optimizer_and_its_description_is_musubis():
         ("torch.nowhere.AdamW", "not an optimizer class"),
         ("os.system('x')", "not an optimizer class"),
         ("..AdamW", "not an optimizer class"),
+        ("AdmW", "(did you mean AdamW?)"),
+        ("LBFGS", "computes the loss several times a step"),
         ("surely_missing.Optimizer", "pip install surely_missing"),
     ],
 )
 def test_what_is_no_optimizer_is_refused_and_the_known_ones_are_named(name, sentence):
-    with pytest.raises(ValueError, match=sentence.replace("(", r"\(")):
+    with pytest.raises(ValueError, match=re.escape(sentence)):
         find_optimizer_class(name)
+
+
+@pytest.mark.parametrize("name", ["adamw", "ADAMW", "sgd"])
+def test_short_names_are_known_in_any_case_as_in_musubi(name):
+    assert find_optimizer_class(name).__name__.lower() == name.lower()
 
 
 @pytest.mark.parametrize(
@@ -120,6 +128,7 @@ def test_a_missing_package_is_one_sentence_with_its_pip_command(name, package, m
         ({"lr_scheduler": "sawtooth"}, "warmup_stable_decay"),
         ({"lr_warmup_steps": 5}, "constant_with_warmup"),
         ({"optimizer_type": "AdamWScheduleFree", "lr_scheduler": "cosine"}, "warmup_steps in opt"),
+        ({"optimizer_type": "AdamWScheduleFree", "lr_warmup_steps": 5}, "warmup_steps in opt"),
         ({"optimizer_type": " "}, "AdamW"),
     ],
 )
@@ -129,8 +138,19 @@ def test_settings_that_would_be_ignored_are_refused(changes, sentence):
 
 
 def test_an_unknown_optimizer_argument_is_refused_and_names_the_known_ones():
-    with pytest.raises(ValueError, match="weight_decay"):
+    with pytest.raises(ValueError, match="did you mean weight_decay.*known keys: amsgrad, betas"):
         run(OptimizerSpec(optimizer_args={"weigth_decay": 0.1}))
+
+
+def test_an_optimizer_argument_of_the_wrong_kind_is_refused_with_its_value():
+    with pytest.raises(ValueError, match="optimizer_args: AdamW refuses {'betas': 0.9}"):
+        run(OptimizerSpec(optimizer_args={"betas": 0.9}))
+
+
+def test_adafactor_takes_its_learning_rate_under_its_dotted_name_too():
+    pytest.importorskip("transformers")
+    built, used = run(OptimizerSpec(optimizer_type="transformers.Adafactor"), 1e-2)
+    assert used == [(1e-2,)] * 10 and not built.optimizer.param_groups[0]["relative_step"]
 
 
 def test_loraplus_with_an_optimizer_that_finds_its_own_rate_is_refused_with_a_reason():
@@ -163,6 +183,23 @@ def test_every_schedule_runs_keeps_the_loraplus_ratio_and_goes_on_from_its_state
     ]
 
 
+def test_a_longer_run_goes_on_at_the_rate_of_its_own_schedule():
+    """The last rate of a finished cosine is 0; twice as long, its middle is half the full rate."""
+    finished, _ = run(OptimizerSpec(lr_scheduler="cosine"), steps=10)
+    assert finished.optimizer.param_groups[0]["lr"] == pytest.approx(0)
+    longer = Optimization(OptimizerSpec(lr_scheduler="cosine"), groups(1e-3), 20)
+    longer.load_state_dict(finished.state_dict())
+    assert longer.optimizer.param_groups[0]["lr"] == pytest.approx(0.5e-3)
+
+
+@pytest.mark.parametrize(
+    "share, steps, whole", [(0.15, 10, 1), (0.29, 100, 28), (0.99, 1, 0), (1, 10, 1), (7, 10, 7)]
+)
+def test_a_share_of_warm_up_is_cut_to_whole_steps_as_in_musubi(share, steps, whole):
+    spec = OptimizerSpec(lr_scheduler="linear", lr_warmup_steps=share)
+    assert spec.warmup_steps(steps) == whole
+
+
 def test_schedules_end_where_their_definitions_say():
     _, used = run(OptimizerSpec(lr_scheduler="cosine"), steps=20)
     expected = [1e-3 * (1 + math.cos(math.pi * step / 20)) / 2 for step in range(20)]
@@ -179,13 +216,62 @@ def test_schedules_end_where_their_definitions_say():
         ("constant", {"power": 2}, "takes no arguments"),
         ("constant_with_warmup", {"num_cycles": 2}, "takes no arguments"),
         ("linear", {"power": 2}, "does not know power"),
-        ("polynomial", {"pwoer": 2}, "it takes lr_end, power"),
+        ("polynomial", {"pwoer": 2}, "did you mean power.*it takes lr_end, power"),
         ("rex", {"alpha": 0.2}, "rex_alpha, rex_beta, min_lr_ratio"),
+        ("cosine_with_min_lr", {"min_lr": 1e-5, "min_lr_rate": 0.1}, "Only one of"),
     ],
 )
 def test_a_schedule_argument_that_would_be_ignored_is_refused(name, arguments, sentence):
     with pytest.raises(ValueError, match=sentence):
         run(OptimizerSpec(lr_scheduler=name, lr_scheduler_args=arguments))
+
+
+@pytest.mark.parametrize(
+    "name, arguments",
+    [
+        ("rex", {"rex_alpha": "x"}),
+        ("rex", {"rex_alpha": 0, "rex_beta": 0}),
+        ("rex", {"min_lr_ratio": None}),
+        ("rex", {"rex_alpha": -0.5}),
+        ("polynomial", {"power": -1}),  # divides by zero, but after the last step only
+        ("polynomial", {"lr_end": 1.0}),
+        ("inverse_sqrt", {"timescale": 0}),
+        ("cosine_with_restarts", {"num_cycles": "three"}),
+        ("warmup_stable_decay", {"decay_type": "zigzag"}),
+    ],
+    ids=str,
+)
+def test_a_schedule_that_would_break_the_run_in_its_middle_is_refused_at_its_start(name, arguments):
+    with pytest.raises(ValueError, match=f"lr_scheduler_args: {name} refuses"):
+        Optimization(
+            OptimizerSpec(lr_scheduler=name, lr_scheduler_args=arguments), groups(1e-3), 10
+        )
+
+
+def test_rex_without_alpha_ends_at_its_minimum_and_not_in_a_division_by_zero():
+    spec = OptimizerSpec(lr_scheduler="rex", lr_scheduler_args={"rex_alpha": 0})
+    built, _ = run(spec)
+    assert built.optimizer.param_groups[0]["lr"] == pytest.approx(1e-5)
+
+
+def test_min_lr_ratio_is_understood_where_transformers_calls_it_min_lr_rate():
+    spec = OptimizerSpec(
+        lr_scheduler="cosine_with_min_lr", lr_scheduler_args={"min_lr_ratio": 0.25}
+    )
+    _, used = run(spec, steps=1000)
+    assert used[-1][0] == pytest.approx(0.25e-3, rel=1e-3)
+
+
+def test_stable_steps_alone_leave_the_rest_of_the_run_for_the_decay():
+    spec = OptimizerSpec(
+        lr_scheduler="warmup_stable_decay",
+        lr_warmup_steps=2,
+        lr_scheduler_args={"num_stable_steps": 3, "decay_type": "linear"},
+    )
+    _, used = run(spec)
+    assert [rate for (rate,) in used[2:]] == pytest.approx(
+        [1e-3] * 3 + [1e-3 * left / 5 for left in (5, 4, 3, 2, 1)]
+    )
 
 
 def test_schedule_arguments_reach_the_schedule():

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import logging
+import math
 import struct
 
 import pytest
@@ -91,6 +92,18 @@ def test_files_tell_their_step_epoch_loss_and_validation(tmp_path):
     assert metadata["braid_best_so_far"] == "true"
     with safetensors.safe_open(tmp_path / "lora.safetensors", "pt") as file:
         assert "braid_best_so_far" not in file.metadata()
+
+
+def test_a_held_out_loss_that_is_no_number_is_never_the_best(tmp_path):
+    run, model = make_run(dataclasses.replace(PLAN, steps=4))
+    saver = saver_of(run, tmp_path, Checkpointing(save_every_n_steps=1, save_last_n=1))
+    with attached(model, run.network):
+        for step, loss in zip(run.steps(), (math.nan, 0.3, math.nan, math.inf), strict=True):
+            run.history.validations.append(ValidationRecord(step=step.step, loss=loss, bins=()))
+            path = saver.save_step(run)
+            with safetensors.safe_open(path, "pt") as file:
+                assert ("braid_best_so_far" in file.metadata()) == (step.step == 2)
+    assert [file.step for file in saver.checkpoints().files] == [2, 4]
 
 
 def test_the_best_is_marked_in_the_step_file_and_in_the_final_file_of_the_same_step(tmp_path):
@@ -211,6 +224,23 @@ def test_a_run_that_is_done_says_how_to_train_on(tmp_path):
     run, _ = make_run(dataclasses.replace(PLAN, steps=3))
     with pytest.raises(ValueError, match="already at step 3 of 3; raise steps"):
         resumed(run, find_state(tmp_path, "lora", "latest"), {"seed": 7})
+
+
+def test_a_run_that_was_stopped_between_its_last_step_and_its_final_file_can_be_ended(tmp_path):
+    """A killed process, or a cancel while the last step is measured or shown."""
+    folder = tmp_path / "lora"
+    _, saver = run_and_save(folder, 3)
+    whole = safetensors.torch.load_file(saver.final)
+    saver.final.unlink()
+    run, model = make_run(dataclasses.replace(PLAN, steps=3))
+    resumed(run, find_state(tmp_path, "lora", "latest"), {"seed": 7})
+    with attached(model, run.network):
+        assert list(run.steps()) == []
+    final = saver_of(run, folder).save_final(run)
+    assert_equal_states(safetensors.torch.load_file(final), whole)
+    # nor does the finished file of a shorter run count
+    (folder / "lora-step00000002.safetensors").replace(final)
+    resumed(make_run(dataclasses.replace(PLAN, steps=3))[0], folder / "lora-step00000003.state", {})
 
 
 def test_resume_latest_without_a_state_starts_afresh_and_a_missing_file_is_named(tmp_path):
