@@ -1,6 +1,7 @@
 """The import directions of the house (CONTRIBUTING.md), checked on the syntax trees."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -108,3 +109,12 @@ def test_only_one_file_makes_a_path_to_write_from_what_was_typed():
     assert found == ["outputs.py"], (
         "use nodes/outputs.py, which tests/comfyui/test_typed_paths.py tries"
     )
+
+
+def test_manager_installs_what_pyproject_names():
+    project = (ROOT / "pyproject.toml").read_text().split("dependencies = [")[1].split("]")[0]
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    wanted = [line for line in lines if line and not line.startswith("#")]
+    assert wanted == re.findall(r'"([^"]+)"', project)
+    # The registry takes the front end's version only with all three parts.
+    assert any(re.fullmatch(r"comfyui-frontend-package>=\d+\.\d+\.\d+", line) for line in wanted)

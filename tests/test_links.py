@@ -18,7 +18,7 @@ OTHER_TEXTS += [*ROOT.glob("subgraphs/*.json"), *ROOT.glob("locales/*/*.json")]
 
 LINK = re.compile(r"\]\(\s*<?([^)\s>]+)|<(?:img|a|video|source)\b[^>]*?(?:src|href)=[\"']([^\"']+)")
 ADDRESS = re.compile(r"\b(?:https?|ftp)://[^\s)\]}<>\"'`\\,;、。，）」]+")
-NAMED_FILE = re.compile(r"`([\w./*-]+\.(?:py|json|md|toml|yml|jpg|png))`")
+NAMED_FILE = re.compile(r"`([\w./*-]+\.(?:py|json|md|toml|yml|jpg|png))(?: [^`\n]*)?`")
 LOCAL = {"localhost", "127.0.0.1"}
 
 

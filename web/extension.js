@@ -5,6 +5,7 @@
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import * as ema from "./ema/chart.js";
+import { translateFields } from "./language/tooltips.js";
 import { describeNode } from "./live/graph.js";
 import { LivePanel } from "./live/panel.js";
 import { stepsDownstream } from "./magcache/downstream.js";
@@ -78,5 +79,20 @@ app.registerExtension({
   nodeCreated(node) {
     const chart = CHARTS[node.comfyClass];
     if (chart) addChart(node, chart);
+  },
+});
+
+/** Our texts in the user's language; English ones come with the nodes. @type {Record<string, any>} */
+let texts = {};
+
+app.registerExtension({
+  name: "Braid.Tooltips",
+  async init() {
+    const language = app.ui.settings.getSettingValue("Comfy.Locale");
+    const translations = await api.getCustomNodesI18n().catch(() => ({}));
+    texts = translations[language]?.nodeDefs ?? {};
+  },
+  nodeCreated(node) {
+    if (node.comfyClass in texts) translateFields(node, texts[node.comfyClass]);
   },
 });

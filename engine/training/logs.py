@@ -186,6 +186,7 @@ class _WandB:
                     disable_code=True,
                     x_disable_meta=True,  # paths, command line and user name
                     x_disable_machine_info=True,
+                    x_save_requirements=False,  # the list of installed packages
                 ),
             )
         except wandb.Error as error:

@@ -247,6 +247,7 @@ def test_wandb_offline_writes_a_run_without_paths_or_keys(tmp_path, monkeypatch)
     for secret in (b"0123456789abcdef", Path.home().name.encode() + b"/", str(Path.cwd()).encode()):
         assert secret not in records, secret
     assert b"0123456789abcdef" not in written
+    assert not list(offline.rglob("requirements.txt"))
 
 
 def test_wandb_without_a_login_is_refused_before_training(tmp_path, monkeypatch):

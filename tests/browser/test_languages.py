@@ -1,0 +1,141 @@
+"""A Japanese and a Chinese user's first minute: nodes, tooltips and help in their language."""
+
+import re
+
+import pytest
+from host.find import PACK
+from host.locales import LANGUAGES, translated
+from host.serve import PACK_FOLDER
+
+DOCS = PACK / "web" / "docs"
+SAMPLING = "BraidTimestepSampling"
+IN_EACH_LANGUAGE = pytest.mark.parametrize("language", LANGUAGES)
+RENDERERS = pytest.mark.parametrize("vue", [False, True], ids=["canvas", "nodes-2.0"])
+BUILD = """(type) => {
+  const node = LiteGraph.createNode(type);
+  node.pos = [0, 0];
+  app.graph.add(node);
+  app.canvas.ds.scale = 1;
+  app.canvas.ds.offset = [120, 200];
+  app.canvas.setDirty(true, true);
+  window.node = node;
+}"""
+LABELS = """() => ({
+  title: node.title,
+  widgets: Object.fromEntries(node.widgets.filter((w) => w.label).map((w) => [w.name, w.label])),
+  outputs: node.outputs.map((output) => output.localized_name),
+})"""
+SET = """([end, value]) => {
+  node.widgets.find((w) => w.name.endsWith(end)).value = value;
+}"""
+CHART = """() => {
+  const { element } = node.widgets.find((w) => w.name === "braid_live");
+  return [...element.querySelectorAll(".braid-bin")].map((bin) => bin.dataset.count).join();
+}"""
+PLACE = """(name) => {
+  const widget = node.widgets.find((w) => w.name === name);
+  const { scale, offset } = app.canvas.ds;
+  const { left, top } = app.canvas.canvas.getBoundingClientRect();
+  const at = [node.pos[0] + 0.5 * node.size[0], node.pos[1] + widget.last_y + 10];
+  return [(at[0] + offset[0]) * scale + left, (at[1] + offset[1]) * scale + top];
+}"""
+HELP = ".node-help-content"
+UNLOADED = f"""() => [...document.querySelectorAll("{HELP} img")]
+  .filter((picture) => picture.complete && !picture.naturalWidth).map((picture) => picture.src)"""
+
+
+@pytest.fixture
+def speak(server, open_page):
+    """speak(language, vue) -> a page of a user with those settings, and what failed to load."""
+
+    def open_one(language: str, vue: bool):
+        page = open_page({"Comfy.Locale": language, "Comfy.VueNodes.Enabled": vue})
+        failed = []
+        page.on("response", lambda r: r.status >= 400 and ours(r.url) and failed.append(r.url))
+        return page, failed
+
+    yield open_one
+    server.post("/settings/Comfy.Locale", "en")
+
+
+def ours(url: str) -> bool:
+    return f"/extensions/{PACK_FOLDER}/" in url or "/braid/" in url
+
+
+def first_heading(node_id: str, language: str) -> str:
+    path = DOCS / f"{node_id}.md" if language == "en" else DOCS / node_id / f"{language}.md"
+    return path.read_text(encoding="utf-8").split("\n")[0].removeprefix("# ").replace("`", "")
+
+
+def pages_with_pictures() -> list[str]:
+    return [page.stem for page in sorted(DOCS.glob("*.md")) if "](pictures/" in page.read_text()]
+
+
+def tooltip_of(page, name: str, label: str, vue: bool) -> str:
+    """What is shown where the mouse rests on a widget."""
+    if vue:
+        page.get_by_text(label, exact=True).first.hover()
+        shown = page.locator(".p-tooltip-text").last
+    else:
+        page.mouse.move(*page.evaluate(PLACE, name))
+        shown = page.locator(".node-tooltip")
+    shown.wait_for()
+    text = shown.text_content()
+    page.mouse.move(5, 500)
+    shown.wait_for(state="hidden")
+    return text
+
+
+@RENDERERS
+@IN_EACH_LANGUAGE
+def test_title_labels_and_tooltips_are_translated_and_the_chart_lives(
+    language, vue, speak, console_errors
+):
+    texts = translated(language)[SAMPLING]
+    page, failed = speak(language, vue)
+    page.evaluate(BUILD, SAMPLING)
+    page.wait_for_function(f"() => ({CHART})() !== ''")
+    before = page.evaluate(CHART)
+    page.evaluate(
+        "() => { node.widgets.find((w) => w.name === 'timestep_sampling').value = 'shift' }"
+    )
+    page.wait_for_function(f"(before) => !['', before].includes(({CHART})())", arg=before)
+    before = page.evaluate(CHART)
+    page.evaluate(SET, [".discrete_flow_shift", 7])
+    page.wait_for_function(f"(before) => !['', before].includes(({CHART})())", arg=before)
+
+    shown = page.evaluate(LABELS)
+    assert shown["title"] == texts["display_name"]
+    assert shown["outputs"] == [texts["outputs"]["0"]["name"]]
+    for name, label in shown["widgets"].items():
+        assert label == texts["inputs"][name.replace(".", "_")]["name"], name
+    for name in ("min_timestep", "timestep_sampling.discrete_flow_shift"):
+        expected = texts["inputs"][name.replace(".", "_")]["tooltip"]
+        assert tooltip_of(page, name, shown["widgets"][name], vue) == expected
+    assert failed == [] and console_errors == []
+
+
+@RENDERERS
+@pytest.mark.parametrize("language", ["en", *LANGUAGES])
+def test_the_info_button_opens_the_page_with_its_pictures(language, vue, speak, console_errors):
+    page, failed = speak(language, vue)
+    for node_id in dict.fromkeys([SAMPLING, *pages_with_pictures()]):
+        page.evaluate("app.graph.clear()")
+        page.evaluate(BUILD, node_id)
+        page.evaluate("() => app.canvas.selectNode(node)")
+        page.get_by_test_id("info-button").click()
+        heading = page.locator(f"{HELP} h1").filter(has_text=first_heading(node_id, language))
+        heading.wait_for()
+        page.wait_for_function(
+            f'() => [...document.querySelectorAll("{HELP} img")].every((p) => p.complete)'
+        )
+        pictures = page.locator(f"{HELP} img").count()
+        assert pictures == count_of_pictures(node_id), node_id
+        assert page.evaluate(UNLOADED) == []
+    # The front end asks for docs/<id>/en.md before it takes docs/<id>.md.
+    assert [url for url in failed if not url.endswith("/en.md")] == []
+    assert [e for e in console_errors if language != "en" or "404" not in e] == []
+
+
+def count_of_pictures(node_id: str) -> int:
+    return len(re.findall(r"!\[[^\]]*\]\(", (DOCS / f"{node_id}.md").read_text()))
