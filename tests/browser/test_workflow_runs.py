@@ -26,7 +26,7 @@ def test_a_playground_workflow_runs_to_its_end(path, server):
     assert all((server.base / image["type"] / image["filename"]).exists() for image in shown)
 
 
-def test_compile_save_lora_and_load_checkpoints_run_though_no_workflow_shows_them(server):
+def test_compile_and_load_checkpoints_run_though_workflows_show_them_switched_off(server):
     graph = Graph(server.object_info())
     graph.column("", "#000")
     model = graph.add("BraidPlaygroundModel")

@@ -66,6 +66,25 @@ def test_every_help_page_names_every_input(node_id, nodes):
     assert missing == []
 
 
+def test_every_node_stands_in_an_example_workflow_or_a_blueprint():
+    files = [*ROOT.glob("example_workflows/*.json"), *ROOT.glob("subgraphs/*.json")]
+    shown = {kind for file in files for kind in _node_types(json.loads(file.read_text()))}
+    assert set(CONTRACT) - shown == set()
+
+
+@pytest.mark.parametrize(
+    "workflow", sorted(ROOT.glob("example_workflows/*.json")), ids=lambda p: p.stem
+)
+def test_every_workflow_has_a_thumbnail(workflow):
+    assert workflow.with_suffix(".jpg").stat().st_size < 150_000
+
+
+def _node_types(workflow: dict):
+    subgraphs = workflow.get("definitions", {}).get("subgraphs", [])
+    for graph in (workflow, *subgraphs):
+        yield from (node["type"] for node in graph["nodes"])
+
+
 def _all_inputs(schema):
     for declared in schema.inputs:
         yield declared

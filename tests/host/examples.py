@@ -9,66 +9,17 @@ from collections.abc import Callable
 
 from . import real_models
 from .browse import browsing
+from .everything import everything
+from .playground import (
+    playground_data,
+    playground_prompts,
+    playground_training,
+    previewed_targets,
+    sampled,
+    sampler,
+)
 from .serve import Server
-from .workflows import BLUE, BROWN, EXAMPLES, GREEN, PURPLE, Graph, Node
-
-
-def playground_data(graph: Graph, style: str, count: int) -> tuple[Node, Node]:
-    """(model, dataset) of the playground, and a look at the pictures."""
-    model = graph.add("BraidPlaygroundModel")
-    data = graph.add("BraidPlaygroundDataset", style=style, count=count, seed=1)
-    graph.add("PreviewImage", 300, title="Training pictures", images=data["image"])
-    return model, data
-
-
-def playground_training(graph: Graph, height: int, parts: tuple[Node, Node, Node], **given) -> Node:
-    """Train LoRA on (model, dataset, network) of the playground, as a CPU likes it."""
-    model, data, network = parts
-    return graph.add(
-        "BraidTrainLora",
-        height,
-        model=model["model"],
-        latents=data["latents"],
-        positive=data["positive"],
-        network=network["network"],
-        batch_size=8,
-        mixed_precision="no",
-        gradient_checkpointing=False,
-        **given,
-    )
-
-
-def playground_prompts(graph: Graph, letter: str) -> tuple[Node, Node, Node]:
-    """(positive, negative, latent) for sampling one letter four times."""
-    positive = graph.add("BraidPlaygroundPrompt", title="Letter", glyph=letter)
-    negative = graph.add("BraidPlaygroundPrompt", title="No letter (negative)", glyph="none")
-    latent = graph.add("EmptySD3LatentImage", width=128, height=128, batch_size=4)
-    return positive, negative, latent
-
-
-def sampled(graph: Graph, title: str, model, prompts: tuple[Node, Node, Node], **changes) -> Node:
-    """A KSampler and the picture of what it made."""
-    positive, negative, latent = prompts
-    sampler = graph.add(
-        "KSampler",
-        title=title,
-        model=model,
-        positive=positive["conditioning"],
-        negative=negative["conditioning"],
-        latent_image=latent["LATENT"],
-        **{
-            "seed": 7,
-            "steps": 20,
-            "cfg": 2.0,
-            "sampler_name": "euler",
-            "scheduler": "simple",
-            "denoise": 1.0,
-            **changes,
-        },
-    )
-    picture = graph.add("BraidPlaygroundDecode", latent=sampler["LATENT"])
-    graph.add("PreviewImage", 300, title=title, images=picture["image"])
-    return sampler
+from .workflows import BLUE, BROWN, EXAMPLES, GREEN, PURPLE, Graph
 
 
 def train_a_lora(graph: Graph) -> None:
@@ -81,13 +32,14 @@ def train_a_lora(graph: Graph) -> None:
         "Press **Run**. *Train LoRA* shows the loss while it works, then the same noise is "
         "sampled without and with the LoRA.\n\n"
         "Then try another `style`, or fewer layers: `target_mode` whitelist with "
-        "`include_patterns` `.*img_attn.*`.",
-        230,
+        "`include_patterns` `.*img_attn.*`. *Train LoRA* has already saved the LoRA for ComfyUI; "
+        "*Save LoRA* writes it once more, as kohya's and musubi-tuner's tools read it.",
+        270,
     )
     model, data = playground_data(graph, "outlined", 40)
     graph.column("2 · What is trained", PURPLE, 380)
     network = graph.add("BraidNetwork", network_dim=16, network_alpha=16, loraplus_lr_ratio=4)
-    graph.add("BraidPreviewTargets", 320, model=model["model"], network=network["network"])
+    previewed_targets(graph, model["model"], network)
     graph.column("3 · Train", GREEN, 440)
     timesteps = graph.add("BraidTimestepSampling", timestep_sampling="sigmoid")
     trained = playground_training(
@@ -103,7 +55,13 @@ def train_a_lora(graph: Graph) -> None:
     graph.column("4 · Apply", BROWN, 320)
     adapted = graph.add("LoraModelLoader", model=model["model"], lora=trained["lora"])
     prompts = playground_prompts(graph, "R")
-    graph.add("LossGraphNode", loss=trained["loss_map"], filename_prefix="loss_graph")
+    graph.add(
+        "BraidSaveLora",
+        lora=trained["lora"],
+        filename_prefix="loras/outlined_kohya",
+        key_format="kohya",
+    )
+    graph.add("LossGraphNode", 280, loss=trained["loss_map"], filename_prefix="loss_graph")
     graph.column("5 · Before", BLUE, 340)
     sampled(graph, "Without the LoRA", model["model"], prompts)
     graph.column("6 · After", GREEN, 340)
@@ -181,8 +139,10 @@ def train_and_resume(graph: Graph) -> None:
         "To go on, set `resume` to **latest** and press Run again. The result is the same, byte "
         "for byte, as that of a run that was never stopped (on a CPU). Raise `steps` to train "
         "longer.\n\n"
-        "Logs are under `output/logs`: `tensorboard --logdir output/logs`.",
-        250,
+        "Logs are under `output/logs`: `tensorboard --logdir output/logs`.\n\n"
+        "*Torch Compile for Training* is bypassed. It needs a C++ compiler (CPU) or Triton (GPU) "
+        "and pays off on long runs: select it and press Ctrl+B to switch it on.",
+        320,
     )
     model, data = playground_data(graph, "checkered", 40)
     held_out = graph.add(
@@ -221,6 +181,7 @@ def train_and_resume(graph: Graph) -> None:
         options=validation["options"],
     )
     log = graph.add("BraidTrainingLog", log_prefix="checkered_", options=preview["options"])
+    compiled = graph.add("BraidCompile", options=log["options"]).bypass()
     graph.column("4 · Train", GREEN, 520)
     trained = playground_training(
         graph,
@@ -228,7 +189,7 @@ def train_and_resume(graph: Graph) -> None:
         (model, data, network),
         timesteps=timesteps["timesteps"],
         optimizer=optimizer["optimizer"],
-        options=log["options"],
+        options=compiled["options"],
         steps=160,
         learning_rate=0.002,
         output_name="checkered",
@@ -247,8 +208,11 @@ def post_hoc_ema(graph: Graph) -> None:
         "The run keeps ten checkpoints and five shadows. *Post-Hoc EMA* averages the checkpoints "
         "with exact weights: its chart shows what each counts, and follows `sigma_rel` while you "
         "drag it. *EMA from Shadows* rebuilds any width from the shadows, with no checkpoints "
-        "at all. *EMA Sweep* makes several widths at once: one picture of each, same noise.",
-        220,
+        "at all. *EMA Sweep* makes several widths at once: one row of pictures for each, from the "
+        "same noise.\n\n"
+        "To average a run that is already finished, switch *Load Checkpoints* on (Ctrl+B), choose "
+        "its folder and link it in the place of *Train LoRA*.",
+        270,
     )
     model, data = playground_data(graph, "outlined", 40)
     network = graph.add("BraidNetwork", network_dim=16, network_alpha=16, loraplus_lr_ratio=4)
@@ -264,6 +228,9 @@ def post_hoc_ema(graph: Graph) -> None:
         output_name="ema",
     )
     graph.column("3 · Average", PURPLE, 460)
+    graph.add(
+        "BraidLoadCheckpoints", title="Load Checkpoints of an earlier run", folder="ema"
+    ).bypass()
     average = graph.add(
         "BraidPostHocEma",
         checkpoints=trained["checkpoints"],
@@ -273,6 +240,7 @@ def post_hoc_ema(graph: Graph) -> None:
     )
     graph.add(
         "BraidEmaReconstruct",
+        340,
         checkpoints=trained["checkpoints"],
         sigma_rel=0.15,
         filename_prefix="",
@@ -285,9 +253,13 @@ def post_hoc_ema(graph: Graph) -> None:
     sweep = graph.add(
         "BraidEmaSweep", checkpoints=trained["checkpoints"], sigma_rels="0.05, 0.1, 0.15, 0.2, 0.25"
     )
+    graph.add("PreviewAny", 220, title="Widths, from the top", source=sweep["label"])
     swept = graph.add("LoraModelLoader", model=model["model"], lora=sweep["lora"])
-    sampled(graph, "One picture each", swept["model"], prompts)
-    graph.add("PreviewAny", 140, title="Widths", source=sweep["label"])
+    used = sampler(graph, "Once for each width", swept["model"], prompts)
+    pictures = graph.add("BraidPlaygroundDecode", latent=used["LATENT"])
+    single = graph.add("RebatchImages", images=pictures["image"])
+    rows = graph.add("ImageGrid", images=single["IMAGE"], columns=4, padding=8)
+    graph.add("PreviewImage", 480, title="One row for each width", images=rows["images"])
 
 
 def fp8_scaled(graph: Graph) -> None:
@@ -303,6 +275,7 @@ def fp8_scaled(graph: Graph) -> None:
     exact = graph.add("BraidPlaygroundModel", title="As it is (bf16)")
     quantized = graph.add(
         "BraidFp8Loader",
+        560,
         unet_name="braid_playground.safetensors",
         granularity="block",
         granularity__block_size=64,
@@ -327,8 +300,10 @@ def magcache(graph: Graph) -> None:
         "plans before sampling which steps are computed and predicts the others; the strip in the "
         "node shows them.\n\n"
         "Compare the pictures on the right: all evaluations, a third of them planned, and simply "
-        "fewer steps.",
-        230,
+        "fewer steps.\n\n"
+        "The calibration is saved in `output/magcache`. Next time, switch *Load MagCache "
+        "Calibration* on (Ctrl+B) and link its `plan` instead: no full run is needed.",
+        300,
     )
     model = graph.add("BraidPlaygroundModel")
     calibrating = graph.add("BraidMagCacheCalibrate", model=model["model"])
@@ -337,11 +312,17 @@ def magcache(graph: Graph) -> None:
     run = sampled(graph, "Calibration run", calibrating["model"], prompts, steps=50, seed=1)
     calibration = graph.add(
         "BraidMagCacheCalibration",
+        340,
         calibrator=calibrating["calibrator"],
         latent=run["LATENT"],
-        filename_prefix="",
+        filename_prefix="playground",
     )
     graph.column("3 · Plan", GREEN, 460)
+    graph.add(
+        "BraidLoadCalibration",
+        title="Load the calibration of an earlier run",
+        file="playground_00001_.json",
+    ).bypass()
     cached = graph.add(
         "BraidMagCache",
         model=model["model"],
@@ -367,66 +348,6 @@ def magcache(graph: Graph) -> None:
     sampled(graph, "17 steps", model["model"], others, steps=17, seed=5)
 
 
-def everything(graph: Graph) -> None:
-    """00: preview -> train -> average -> apply -> FP8 -> calibrated cache, in one graph."""
-    graph.column("1 · Model and pictures", BLUE, 400)
-    graph.note(
-        "## Everything, in one graph\n"
-        "Choose noise levels, train a LoRA with checkpoints, average them, load the model in FP8, "
-        "put the average on it, calibrate the cache, and sample with a third of the "
-        "evaluations. Nothing is downloaded; a few minutes on a CPU.",
-        170,
-    )
-    model, data = playground_data(graph, "outlined", 40)
-    network = graph.add("BraidNetwork", network_dim=16, network_alpha=16, loraplus_lr_ratio=4)
-    graph.column("2 · Noise levels and training", PURPLE, 440)
-    timesteps = graph.add(
-        "BraidTimestepSampling", timestep_sampling="sigmoid", num_timestep_buckets=8
-    )
-    checkpointing = graph.add("BraidCheckpointing", save_every_n_steps=20)
-    trained = playground_training(
-        graph,
-        820,
-        (model, data, network),
-        timesteps=timesteps["timesteps"],
-        options=checkpointing["options"],
-        steps=200,
-        learning_rate=0.002,
-        output_name="everything",
-    )
-    graph.column("3 · Average, FP8, apply", GREEN, 440)
-    average = graph.add(
-        "BraidPostHocEma",
-        checkpoints=trained["checkpoints"],
-        method="sigma_rel",
-        method__sigma_rel=0.15,
-        filename_prefix="",
-    )
-    quantized = graph.add("BraidFp8Loader", unet_name="braid_playground.safetensors")
-    adapted = graph.add("LoraModelLoader", model=quantized["model"], lora=average["lora"])
-    graph.column("4 · Calibrate", BROWN, 380)
-    calibrating = graph.add("BraidMagCacheCalibrate", model=adapted["model"])
-    prompts = playground_prompts(graph, "R")
-    run = sampled(graph, "Calibration run", calibrating["model"], prompts, steps=50, seed=1)
-    calibration = graph.add(
-        "BraidMagCacheCalibration",
-        calibrator=calibrating["calibrator"],
-        latent=run["LATENT"],
-        filename_prefix="",
-    )
-    graph.column("5 · Without anything", BLUE, 340)
-    sampled(graph, "bf16, no LoRA, 50 steps", model["model"], prompts, steps=50)
-    graph.column("6 · With everything", GREEN, 420)
-    cached = graph.add(
-        "BraidMagCache",
-        model=adapted["model"],
-        plan=calibration["plan"],
-        rule="planned",
-        rule__speedup=3.0,
-    )
-    sampled(graph, "FP8, average, a third computed", cached["model"], prompts, steps=50)
-
-
 WORKFLOWS: dict[str, Callable[[Graph], None]] = {
     "00_everything": everything,
     "01_train_a_lora": train_a_lora,
@@ -438,14 +359,25 @@ WORKFLOWS: dict[str, Callable[[Graph], None]] = {
     **real_models.WORKFLOWS,
 }
 
-MEASURE = """async (workflow) => {
+MEASURE = """async ([workflow, vue]) => {
+    await app.extensionManager.setting.set("Comfy.VueNodes.Enabled", vue);
     await app.loadGraphData(workflow);
-    await new Promise((done) => setTimeout(done, 500));
-    return (app.graph.nodes ?? app.graph._nodes).map((node) => {
+    await new Promise((done) => setTimeout(done, 1500));
+    return app.graph.nodes.map((node) => {
         const least = node.computeSize();
         return [node.id, Math.max(node.size[0], least[0]), Math.max(node.size[1], least[1])];
     });
 }"""
+
+
+def measured(page, graph: Graph) -> dict[int, tuple[float, float]]:
+    """(width, height) that each node needs, by id, on the canvas and under Nodes 2.0 alike."""
+    sizes: dict[int, tuple[float, float]] = {}
+    for vue in (False, True):
+        for number, *size in page.evaluate(MEASURE, [graph.to_json(), vue]):
+            before = sizes.get(int(number), (0.0, 0.0))
+            sizes[int(number)] = (max(before[0], size[0]), max(before[1], size[1]))
+    return sizes
 
 
 def main() -> None:
@@ -455,8 +387,7 @@ def main() -> None:
         for name in wanted:
             graph = Graph(object_info)
             WORKFLOWS[name](graph)
-            sizes = page.evaluate(MEASURE, graph.to_json())
-            graph.lay_out({int(number): (width, height) for number, width, height in sizes})
+            graph.lay_out(measured(page, graph))
             graph.write(EXAMPLES / f"{name}.json")
             sys.stdout.write(f"{name}.json: {len(graph.nodes)} nodes\n")
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from .find import PACK
+from .playground import previewed_targets
 from .workflows import BLUE, BROWN, GREEN, PURPLE, Graph, Node
 
 HUB = "https://huggingface.co/"
@@ -85,7 +86,7 @@ def trained_and_averaged(
     """What is trained, the run, and the mean of its checkpoints; the averaging node."""
     graph.column("3 · What is trained", PURPLE, 400)
     network = graph.add("BraidNetwork", network_dim=16, network_alpha=16)
-    graph.add("BraidPreviewTargets", 320, model=model, network=network["network"])
+    previewed_targets(graph, model, network)
     graph.column("4 · Noise levels, checkpoints", PURPLE, 420)
     levels = graph.add("BraidTimestepSampling", **timesteps)
     options = graph.add(

@@ -14,9 +14,11 @@ from typing import Any
 from .find import PACK
 
 EXAMPLES = PACK / "example_workflows"
-DYNAMIC_COMBO = "COMFY_DYNAMICCOMBO_V3"
-WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", DYNAMIC_COMBO}
+DYNAMIC_COMBO, AUTOGROW = "COMFY_DYNAMICCOMBO_V3", "COMFY_AUTOGROW_V3"
+WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COLOR", "COMBO", DYNAMIC_COMBO}
 NOTES = {"Note", "MarkdownNote"}
+BYPASSED = 4
+"""Mode of a node that does not run and passes on what it is given."""
 TITLE_HEIGHT, GAP = 30, 20
 BLUE, GREEN, PURPLE, BROWN = "#3f5f8a", "#4a7a4a", "#6a4a8a", "#8a6a3a"
 """Of groups."""
@@ -29,17 +31,30 @@ def read_workflow(path: Path) -> dict:
 def to_prompt(workflow: dict, object_info: dict) -> dict:
     """The API-format prompt of a workflow, as the front end would queue it."""
     links = {link[0]: link for link in workflow["links"]}
+    nodes = {node["id"]: node for node in workflow["nodes"]}
     prompt = {}
     for node in workflow["nodes"]:
-        if node["type"] in NOTES:
+        if node["type"] in NOTES or node["mode"] == BYPASSED:
             continue
         inputs = dict(_named_widgets(node, object_info[node["type"]]))
         for slot in node.get("inputs", []):
-            if slot.get("link") is not None:
-                _, source, source_slot, *_ = links[slot["link"]]
-                inputs[slot["name"]] = [str(source), source_slot]
+            source = _source(slot, links, nodes)
+            if source is not None:
+                inputs[slot["name"]] = source
         prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
     return prompt
+
+
+def _source(slot: dict, links: dict, nodes: dict) -> list | None:
+    """[node, output] that feeds an input slot; a bypassed node is its first input of that type."""
+    if slot.get("link") is None:
+        return None
+    _, origin, origin_slot, _, _, kind = links[slot["link"]]
+    node = nodes[origin]
+    if node["mode"] != BYPASSED:
+        return [str(origin), origin_slot]
+    through = next((each for each in node["inputs"] if each["type"] == kind), {})
+    return _source(through, links, nodes)
 
 
 def _named_widgets(node: dict, info: dict) -> Iterator[tuple[str, Any]]:
@@ -99,7 +114,8 @@ class Graph:
     def add(self, kind: str, height: int = 0, /, *, title: str = "", **given) -> "Node":
         """A node of type `kind`; `given` are widget values or links such as node["output"].
 
-        A field of a DynamicCombo is written with two underscores: rule__threshold=0.1.
+        A field of a DynamicCombo is written with two underscores, rule__threshold=0.1, and so is
+        a slot of an input that grows: images__image0=node["IMAGE"].
         """
         info = self.object_info[kind]
         given = {name.replace("__", "."): value for name, value in given.items()}
@@ -179,6 +195,12 @@ class Graph:
             for name, kind, options in declared:
                 full = prefix + name
                 names.add(full)
+                if kind == AUTOGROW:
+                    grown = [each for each in given if each.startswith(f"{full}.")]
+                    (type_, *_), *_ = options["template"]["input"]["required"].values()
+                    sockets.extend({"name": each, "type": type_, "link": None} for each in grown)
+                    names.update(grown)
+                    continue
                 if not _is_widget(kind, options):
                     sockets.append({"name": full, "type": kind, "link": None})
                     continue
@@ -211,6 +233,11 @@ class Node:
 
     def __getitem__(self, output: str) -> tuple["Node", str]:
         return self, output
+
+    def bypass(self) -> "Node":
+        """The node itself, switched off: it does not run until someone presses Ctrl+B on it."""
+        self.json["mode"] = BYPASSED
+        return self
 
 
 def _group(number: int, column: Column) -> dict:
