@@ -339,7 +339,7 @@ def chart_json(plan: AveragePlan) -> dict[str, Any]:
 
 def live_ema(node: live.LiveNode) -> dict[str, Any]:
     """The chart for the widgets as they are, over the files of the linked run as far as known."""
-    values = node.values
+    values = {name: node.value(name) for name in ("method", "sort", "first", "last")}
     schedule = parse_schedule(values["method"])
     source = node.inputs.get("checkpoints")
     if source is not None and source.node_id == "BraidLoadCheckpoints":
@@ -363,8 +363,8 @@ def _planned_steps(node: live.LiveNode) -> list[int]:
         options = options.inputs.get("options")
     if node.node_id != "BraidTrainLora" or options is None:
         return []
-    every, last = options.values["save_every_n_steps"], options.values["save_last_n"]
-    steps = list(range(every, node.values["steps"] + 1, every)) if every else []
+    every, last = options.value("save_every_n_steps"), options.value("save_last_n")
+    steps = list(range(every, node.value("steps") + 1, every)) if every else []
     return steps[-last:] if last else steps
 
 

@@ -34,12 +34,18 @@ class LiveNode:
     @property
     def values(self) -> dict[str, Any]:
         """Widget values as `execute` would get them; DecidedByTheRunError where one is unknown."""
-        for name, value in self.widgets.items():
-            if value is None or (isinstance(value, dict) and None in value.values()):
+        return {name: self.value(name) for name in self.widgets}
+
+    def value(self, name: str) -> Any:
+        """One widget's value, for charts that need only some; DecidedByTheRunError likewise."""
+        value = self.widgets[name]
+        fields = value.items() if isinstance(value, dict) else [(name, value)]
+        for field_name, known in fields:
+            if known is None:
                 raise DecidedByTheRunError(
-                    f"{name} comes from a linked node: run the graph to see its effect here."
+                    f"{field_name} comes from a linked node: run the graph to see its effect here."
                 )
-        return self.widgets
+        return value
 
 
 LIVE: dict[str, Callable[[LiveNode], dict[str, Any]]] = {}
@@ -107,3 +113,6 @@ def _computed(compute: Callable[[LiveNode], dict[str, Any]], node: LiveNode) -> 
     except (KeyError, TypeError) as error:
         logger.debug("live chart of %s", node, exc_info=True)
         return {"error": f"{node.node_id} lacks a value or has one of the wrong kind: {error}"}
+    except Exception as error:  # a damaged file, a full disk: the panel says so, not a lost reply
+        logger.warning("live chart of %s", node.node_id, exc_info=True)
+        return {"error": f"{type(error).__name__}: {error} (the server's log says where)"}

@@ -25,6 +25,7 @@ from .magcache_inputs import (
     parse_rule,
     plan_from_widgets,
     plan_input,
+    planned_strip,
     preset_input,
     ratios_input,
     rule_input,
@@ -108,10 +109,9 @@ class BraidMagCache(io.ComfyNode):
             start_percent=start_percent,
             end_percent=end_percent,
         )
-        steps = plan.conditions.steps
-        schedule = plan_schedule(plan, sigmas_for(plan, steps), settings.rule)
+        planned = planned_strip(settings, plan.conditions.steps)
         patched = MagCachePatch(settings).attach(model)
-        return io.NodeOutput(patched, plan, ui={"braid_live": [strip(schedule, plan)]})
+        return io.NodeOutput(patched, plan, ui={"braid_live": [planned]})
 
 
 class BraidMagCacheCalibrate(io.ComfyNode):

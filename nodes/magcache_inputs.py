@@ -8,6 +8,7 @@ import torch
 from comfy_api.latest import io
 from numpy.typing import NDArray
 
+from ..engine.comfyui.magcache_patch import MagCacheSettings
 from ..engine.magcache.curve import resampled_sigmas
 from ..engine.magcache.plan import MagCachePlan, plan_from_ratios
 from ..engine.magcache.presets import preset_named, presets
@@ -219,27 +220,51 @@ def strip(schedule: Schedule, plan: MagCachePlan) -> dict[str, Any]:
     }
 
 
+def steps_in_range(settings: MagCacheSettings, steps: int) -> list[bool]:
+    """For every step, whether it may be skipped: on a model's own schedules the percentages of the
+    sampling process are shares of the steps."""
+    start, end = settings.start_percent, settings.end_percent
+    return [start <= step / steps < end for step in range(steps)]
+
+
 def live_magcache(node: live.LiveNode) -> dict[str, Any]:
     """The strip of the steps that the node would skip; a sentence where only a run can know."""
     plan, note = _live_plan(node)
     if plan is None:
         return {"message": note}
-    steps = int(node.values.get("steps") or node.values.get("steps_downstream") or 0)
-    steps = steps or plan.conditions.steps
-    schedule = plan_schedule(plan, sigmas_for(plan, steps), parse_rule(node.values["rule"]))
-    return strip(schedule, plan)
+    ends = ("start_percent", "end_percent")
+    settings = MagCacheSettings(
+        plan=plan,
+        rule=parse_rule(node.value("rule")),
+        **{name: node.value(name) for name in ends if name in node.widgets},
+    )
+    return planned_strip(settings, _live_steps(node) or plan.conditions.steps)
+
+
+def planned_strip(settings: MagCacheSettings, steps: int) -> dict[str, Any]:
+    """The strip of a run of so many steps on the plan's own schedule."""
+    sigmas, allowed = sigmas_for(settings.plan, steps), steps_in_range(settings, steps)
+    return strip(plan_schedule(settings.plan, sigmas, settings.rule, allowed), settings.plan)
+
+
+def _live_steps(node: live.LiveNode) -> int:
+    """Steps of the node itself, or of the sampler after it; 0 when neither says."""
+    for name in ("steps", "steps_downstream"):
+        if name in node.widgets:
+            return int(node.value(name))
+    return 0
 
 
 def _live_plan(node: live.LiveNode) -> tuple[MagCachePlan | None, str]:
     source = node.inputs.get("plan")
     if source is not None and source.node_id == "BraidLoadCalibration":
-        return load_calibration(source.values["file"]), ""
+        return load_calibration(source.value("file")), ""
     if source is not None:
         return (
             None,
             "The steps show here once the connected plan has been measured: queue the graph.",
         )
-    plan = plan_from_widgets(node.values["preset"], node.values["mag_ratios"])
+    plan = plan_from_widgets(node.value("preset"), node.value("mag_ratios"))
     return plan, "Preset auto recognises the model when the graph runs; the steps show here then."
 
 

@@ -1,6 +1,6 @@
 // @ts-check
 // The only file that touches ComfyUI's front end. A new live chart is one row in CHARTS, one module
-// web/<noun>/chart.js that exports draw(), and one function in nodes/live.py's LIVE.
+// web/<noun>/chart.js that exports name, heading() and draw(), and one function in nodes/live.py's LIVE.
 
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
@@ -12,44 +12,55 @@ import { stepsDownstream } from "./magcache/downstream.js";
 import * as magcache from "./magcache/chart.js";
 import * as timesteps from "./timesteps/chart.js";
 
-/** node id -> the chart in it. @type {Record<string, {noun: string, draw: Function, height: number, extra?: Function}>} */
+/**
+ * node id -> the chart in it. `extra` adds what only the rest of the graph can tell; `liveWins`:
+ * what a run shows is for where the live answer is a sentence.
+ * @type {Record<string, {noun: string, chart: import("./live/face.js").Chart, height: number, extra?: Function, liveWins?: boolean}>}
+ */
 const CHARTS = {
-  BraidMagCache: { noun: "magcache", draw: magcache.draw, height: 190, extra: stepsDownstream },
-  BraidMagCachePlan: { noun: "magcache", draw: magcache.draw, height: 190 },
-  BraidTimestepSampling: { noun: "timesteps", draw: timesteps.draw, height: 210 },
-  BraidTimestepPreview: { noun: "timesteps", draw: timesteps.draw, height: 260 },
-  BraidPostHocEma: { noun: "ema", draw: ema.draw, height: 230 },
+  BraidMagCache: { noun: "magcache", chart: magcache, height: 190, extra: stepsDownstream, liveWins: true },
+  BraidMagCachePlan: { noun: "magcache", chart: magcache, height: 190 },
+  BraidTimestepSampling: { noun: "timesteps", chart: timesteps, height: 210 },
+  BraidTimestepPreview: { noun: "timesteps", chart: timesteps, height: 260 },
+  BraidPostHocEma: { noun: "ema", chart: ema, height: 230 },
 };
 
 const WIDGET = "braid_live";
 const LEAST_WIDTH = 380;
 
-/** POST /braid/live/<noun>; the answer is the JSON that draw() takes. */
-async function ask(noun, body) {
-  const response = await api.fetchApi(`/braid/live/${noun}`, {
-    method: "POST",
-    headers: { "Content-Type": "application/json" },
-    body,
-  });
-  return response.json();
+/** POST /braid/live/<noun>; the answer is the JSON that the chart takes. */
+async function ask(noun, body, signal) {
+  try {
+    const response = await api.fetchApi(`/braid/live/${noun}`, {
+      method: "POST",
+      headers: { "Content-Type": "application/json" },
+      body,
+      signal,
+    });
+    if (response.headers.get("Content-Type")?.includes("json")) return await response.json();
+    return { message: `The ComfyUI server answers ${response.status} to this chart; asking again soon.`, again: true };
+  } catch {
+    return { message: "Waiting for the ComfyUI server…", again: true };
+  }
 }
 
-/** The node as the server asks for it; `extra` adds what only the rest of the graph can tell. */
+/** The node as the server asks for it. */
 function described(node, extra) {
   const body = describeNode(node);
   return extra ? { ...body, values: { ...body.values, ...extra(node) } } : body;
 }
 
 /** Put a live chart at the end of the node. */
-function addChart(node, { noun, draw, height, extra }) {
+function addChart(node, { noun, chart, height, extra, liveWins }) {
   const panel = new LivePanel({
-    draw,
+    chart,
     observe: () => JSON.stringify(described(node, extra)),
-    ask: (body) => ask(noun, body),
+    ask: (body, signal) => ask(noun, body, signal),
   });
   const widget = node.addDOMWidget(WIDGET, "BRAID_LIVE", panel.element, {
     serialize: false,
     hideOnZoom: false,
+    hideInPanel: true, // the properties panel would list its name and nothing below it
     getMinHeight: () => height,
     getValue: () => "",
   });
@@ -57,21 +68,28 @@ function addChart(node, { noun, draw, height, extra }) {
   panel.element.style.minHeight = `${height}px`;
   const [width, tall] = node.computeSize();
   node.setSize([Math.max(node.size[0], width, LEAST_WIDTH), Math.max(node.size[1], tall)]);
+  passMouseOn(panel.element);
 
-  const { onAdded, onRemoved, onExecuted } = node;
-  node.onAdded = function (...args) {
-    onAdded?.apply(this, args);
-    panel.start();
-  };
-  node.onRemoved = function (...args) {
-    panel.stop();
-    onRemoved?.apply(this, args);
-  };
+  const { onExecuted } = node;
   node.onExecuted = function (output, ...args) {
     onExecuted?.call(this, output, ...args);
-    if (output?.braid_live) panel.show(output.braid_live[0]);
+    if (output?.braid_live && !(liveWins && panel.drawn)) panel.show(output.braid_live[0]);
   };
-  panel.start();
+}
+
+/**
+ * Where LiteGraph draws the nodes, a DOM widget lies over the canvas and swallows the mouse. The
+ * canvas gets the wheel, the middle and the right button back: zoom, pan and the node's menu work
+ * on the chart as beside it. (The left button is the front end's own: it selects the node.)
+ */
+function passMouseOn(element) {
+  const pass = (name, handle) =>
+    element.addEventListener(name, (event) => {
+      if (!LiteGraph.vueNodesMode) handle(event);
+    });
+  pass("wheel", (event) => app.canvas.processMouseWheel(event));
+  pass("pointerdown", (event) => event.button && app.canvas.processMouseDown(event));
+  pass("contextmenu", (event) => event.preventDefault());
 }
 
 app.registerExtension({

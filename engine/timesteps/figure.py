@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -170,11 +171,17 @@ def title(preview: Preview) -> str:
 def subtitle(preview: Preview) -> str:
     """The statistics a reader compares first."""
     numbers: dict[str, Any] = preview.statistics
+    places = _places(numbers["std"])
     text = (
-        f"mean {numbers['mean']:.3f} · std {numbers['std']:.3f} · "
-        f"80 % of draws in {numbers['deciles'][0]:.3f}–{numbers['deciles'][8]:.3f}"
+        f"mean {numbers['mean']:.{places}f} · std {numbers['std']:.{places}f} · 80 % of draws in "
+        f"{numbers['deciles'][0]:.{places}f}–{numbers['deciles'][8]:.{places}f}"
     )
     if numbers["acceptance_rate"] < 1.0:
         text += f" · {100 * numbers['acceptance_rate']:.3g} % of the shape kept"
     buckets = preview.settings.sampling.num_timestep_buckets
     return text + (f" · {buckets} buckets" if buckets >= 2 else "")
+
+
+def _places(std: float) -> int:
+    """Decimal places that show a spread with two digits, at least 3."""
+    return 3 if std <= 0.0 else min(max(3, 2 - math.ceil(math.log10(std) + 1e-9)), 8)

@@ -48,6 +48,7 @@ def open_page(server, browser, console_errors):
         page.set_default_timeout(60_000)
         page.goto(server.url)
         page.wait_for_function(READY)
+        page.wait_for_function("!document.querySelector('.p-blockui-mask')")  # it takes the mouse
         page.evaluate("app.graph.clear()")
         page.on("console", lambda m: m.type == "error" and console_errors.append(m.text))
         page.on("pageerror", lambda error: console_errors.append(str(error)))

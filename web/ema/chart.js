@@ -2,46 +2,28 @@
 // Weight of each checkpoint over training time as SVG: draws the numbers of nodes/ema.py and
 // computes no weight.
 
-import { COLOURS, label, path, svg, ticks } from "../live/svg.js";
+import { COLOURS, column, gap, label, line, path, short, svg, ticks } from "../live/svg.js";
 
-const MARGIN = { left: 40, right: 14, top: 52, bottom: 46 };
-const ROOM = [[36, 1], [24, 0]]; // a bar of so many pixels has room for a percentage of so many decimals
+const MARGIN = { left: 40, right: 14, top: 10, bottom: 38 };
+const ROOM = [[38, 1], [26, 0]]; // a bar of so many pixels has room for a percentage of so many decimals
+const ROOM_FOR_MARKS = 3;
 
-/**
- * @param {any} answer chart_json of nodes/ema.py
- * @param {{width: number, height: number}} size in CSS pixels
- */
-export function draw(answer, { width, height }) {
-  const root = svg("svg", { viewBox: `0 0 ${width} ${height}`, class: "braid-ema" });
-  const heights = densities(answer);
-  const top = 1.16 * Math.max(...heights, ...(answer.ideal?.[1] ?? [0]));
-  const end = answer.steps.at(-1) || 1;
-  const floor = height - MARGIN.bottom;
-  const x = (time) => MARGIN.left + (time / end) * (width - MARGIN.left - MARGIN.right);
-  const y = (density) => floor - (density / top) * (floor - MARGIN.top);
-  root.append(
-    label(MARGIN.left, 17, title(answer), { fill: COLOURS.ink, size: 12, weight: 600 }),
-    label(MARGIN.left, 31, subtitle(answer), { size: 9.5 }),
-    ...legend(answer),
-    ...axes(answer, x, y, { top, end, floor }),
-    ...ideal(answer, x, y, floor),
-    ...bars(answer, heights, x, y, floor),
-    ...centres(answer, x, end, floor),
-    ...moments(answer, x, floor),
-  );
-  return root;
-}
+export const name = "Weight of each checkpoint";
 
-/** Weight per unit of time, so that areas are weights. */
-function densities({ weights, borders, steps }) {
-  const least = (steps.at(-1) || 1) * 1e-3;
-  return weights.map((weight, index) => weight / Math.max(borders[index + 1] - borders[index], least));
-}
-
-function title({ steps, sigma_rel, requested_sigma_rel }) {
+/** What stands above the plot. @param {any} answer chart_json of nodes/ema.py */
+export function heading(answer) {
+  const { steps, sigma_rel, requested_sigma_rel, unit, ideal } = answer;
   const asked = requested_sigma_rel == null ? "" : `, requested ${requested_sigma_rel.toFixed(3)}`;
   const files = steps.length === 1 ? "1 checkpoint" : `${steps.length} checkpoints`;
-  return `${files}: sigma_rel ${sigma_rel.toFixed(3)}${asked}`;
+  const legend = [
+    [`weight per ${singular(unit)} (area = weight)`, COLOURS.bars, "bar"],
+    ideal && ["ideal profile", COLOURS.second, "line"],
+  ];
+  return {
+    title: `${files}: sigma_rel ${sigma_rel.toFixed(3)}${asked}`,
+    subtitle: subtitle(answer),
+    legend: legend.filter(Boolean),
+  };
 }
 
 function subtitle({ note, order_from, centre_of_mass, duplicates_left_out, earlier_files_left_out }) {
@@ -52,25 +34,44 @@ function subtitle({ note, order_from, centre_of_mass, duplicates_left_out, earli
   return parts.join(" · ");
 }
 
-function legend({ ideal }) {
-  const entries = [["weight (area)", COLOURS.line], ideal && ["ideal profile", COLOURS.second]].filter(Boolean);
-  return entries.map(([text, fill], index) =>
-    label(MARGIN.left + 90 * index, 44, text, { fill, size: 9.5, weight: 600 }),
+/**
+ * @param {any} answer chart_json of nodes/ema.py
+ * @param {{width: number, height: number}} size in CSS pixels
+ */
+export function draw(answer, { width, height }) {
+  const heights = densities(answer);
+  const top = 1.16 * Math.max(...heights, ...(answer.ideal?.[1] ?? [0]));
+  const end = answer.steps.at(-1) || 1;
+  const floor = height - MARGIN.bottom;
+  const x = (time) => MARGIN.left + (time / end) * (width - MARGIN.left - MARGIN.right);
+  const y = (density) => floor - (density / top) * (floor - MARGIN.top);
+  return svg(
+    "svg",
+    { viewBox: `0 0 ${width} ${height}`, class: "braid-ema" },
+    ...axes(answer, x, y, { top, end, floor }),
+    ...ideal(answer, x, y, floor),
+    ...bars(answer, heights, x, y, floor),
+    ...centres(answer, x, end, floor),
+    ...moments(answer, x, floor),
+    ...columns(answer, x, floor),
   );
 }
 
+/** Weight per unit of time, so that areas are weights. */
+function densities({ weights, borders, steps }) {
+  const least = (steps.at(-1) || 1) * 1e-3;
+  return weights.map((weight, index) => weight / Math.max(borders[index + 1] - borders[index], least));
+}
+
 function axes({ unit }, x, y, { top, end, floor }) {
-  const line = (x1, y1, x2, y2) => svg("line", { x1, y1, x2, y2, stroke: COLOURS.grid });
   return [
     ...ticks(top, 4).flatMap((value) => [
       line(x(0), y(value), x(end), y(value)),
-      label(x(0) - 5, y(value) + 3, String(+value.toPrecision(2)), { anchor: "end", size: 9 }),
+      label(x(0) - 5, y(value) + 3, short(value), { anchor: "end" }),
     ]),
-    ...ticks(end, 5).map((value) =>
-      label(x(value), floor + 19, String(+value.toPrecision(4)), { anchor: "middle", size: 9 }),
-    ),
-    label(x(end / 2), floor + 34, `training time (${unit}), T = ${end}`, { anchor: "middle", size: 9.5 }),
-    svg("line", { x1: x(0), y1: floor, x2: x(end), y2: floor, stroke: COLOURS.faint }),
+    ...ticks(end, 5).map((value) => label(x(value), floor + 19, short(value, 4), { anchor: "middle" })),
+    label(x(end / 2), floor + 33, `training time (${unit}), T = ${end}`, { anchor: "middle" }),
+    line(x(0), floor, x(end), floor, { stroke: COLOURS.faint }),
   ];
 }
 
@@ -85,42 +86,54 @@ function ideal({ ideal }, x, y, floor) {
   ];
 }
 
-function bars({ weights, borders, files }, heights, x, y, floor) {
+function bars({ weights, borders }, heights, x, y, floor) {
   return weights.flatMap((weight, index) => {
     const [left, right] = [x(borders[index]), x(borders[index + 1])];
-    const share = (decimals) => `${(100 * weight).toFixed(decimals)} %`;
-    const bar = svg(
-      "rect",
-      {
-        class: "braid-weight",
-        "data-weight": weight,
-        x: left,
-        y: y(heights[index]),
-        width: Math.max(1, right - left - 1),
-        height: Math.max(0, floor - y(heights[index])),
-        fill: COLOURS.bars,
-      },
-      svg("title", {}, `${files[index]}: ${share(2)}`),
-    );
+    const bar = svg("rect", {
+      class: "braid-weight",
+      "data-weight": weight,
+      x: left,
+      y: y(heights[index]),
+      width: Math.max(0.5, right - left - gap(right - left)),
+      height: Math.max(0, floor - y(heights[index])),
+      fill: COLOURS.bars,
+    });
     const decimals = ROOM.find(([pixels]) => right - left >= pixels)?.[1];
     if (decimals == null) return [bar];
     const at = [(left + right) / 2, y(heights[index]) - 4];
-    return [bar, label(at[0], at[1], share(decimals), { anchor: "middle", size: 9, fill: COLOURS.ink })];
+    return [bar, label(at[0], at[1], percent(weight, decimals), { anchor: "middle", fill: COLOURS.ink })];
   });
 }
 
-function centres({ centre_of_mass, requested_centre_of_mass }, x, end, floor) {
-  const line = (share, stroke, dashes) =>
-    svg("line", { x1: x(share * end), x2: x(share * end), y1: MARGIN.top, y2: floor, stroke, "stroke-dasharray": dashes });
-  return [
-    requested_centre_of_mass == null ? null : line(requested_centre_of_mass, COLOURS.second, "1 3"),
-    line(centre_of_mass, COLOURS.line, "5 3"),
-  ].filter(Boolean);
+function percent(weight, decimals) {
+  return `${(100 * weight).toFixed(decimals)} %`;
 }
 
-/** A tick below the axis for each checkpoint. */
+function centres({ centre_of_mass, requested_centre_of_mass }, x, end, floor) {
+  const upright = (share, attributes) => line(x(share * end), MARGIN.top, x(share * end), floor, attributes);
+  return [
+    requested_centre_of_mass == null
+      ? null
+      : upright(requested_centre_of_mass, { stroke: COLOURS.second, "stroke-dasharray": "1 3" }),
+    upright(centre_of_mass, { stroke: COLOURS.line, "stroke-dasharray": "5 3" }),
+  ];
+}
+
+/** A mark below the axis for each checkpoint, where there is room for as many. */
 function moments({ steps }, x, floor) {
-  return steps.map((step) =>
-    svg("line", { x1: x(step), x2: x(step), y1: floor, y2: floor + 6, stroke: COLOURS.ink }),
-  );
+  const pixels = x(steps.at(-1)) - x(steps[0]);
+  if (pixels < ROOM_FOR_MARKS * (steps.length - 1)) return [];
+  return steps.map((step) => line(x(step), floor, x(step), floor + 6, { stroke: COLOURS.ink }));
+}
+
+function columns({ weights, borders, files, steps, unit }, x, floor) {
+  return weights.map((weight, index) => {
+    const when = unit === "files" ? "" : ` (${singular(unit)} ${steps[index]})`;
+    const reading = `${files[index]}${when}: ${percent(weight, 2)}`;
+    return column(x(borders[index]), x(borders[index + 1]), MARGIN.top, floor, reading);
+  });
+}
+
+function singular(unit) {
+  return unit.replace(/s$/, "");
 }

@@ -1,110 +1,127 @@
 // @ts-check
-// The frame of every live chart: watches, asks, draws. Knows no ComfyUI and no chart.
+// The clockwork of every live chart: watches, asks, shows. Knows no ComfyUI and no chart.
+
+import { ChartFace } from "./face.js";
 
 const LOOK_EVERY_MS = 100;
+const SLOW_AFTER_MS = 700;
+const GIVE_UP_AFTER_MS = 60_000;
 const RETRY_AFTER_MS = 3000;
+const REMEMBERED = 24;
+const OFF_SCREEN = "off screen";
 
-const STYLE = `
-  .braid-live { width: 100%; height: 100%; overflow: hidden; box-sizing: border-box; display: flex;
-    border-radius: 6px; background: color-mix(in srgb, var(--input-text, #ddd) 5%, transparent);
-    color: var(--input-text, #ddd); font: 11px/1.35 var(--font-inter, Inter, Arial, sans-serif); }
-  .braid-live > svg { flex: 1; min-width: 0; display: block; }
-  .braid-live > p { margin: auto; padding: 12px 16px; text-align: center; max-width: 44em;
-    overflow: auto; max-height: 100%; box-sizing: border-box; user-select: text; }
-  .braid-live > p[role="status"] { color: var(--descrip-text, #999); }
-  .braid-live > p[role="alert"] { color: var(--error-text, #ff6b6b); }
-`;
+/** question -> its last answer: undo and a tab that comes back draw at once, then ask again. */
+const remembered = new Map();
+
+/** While the server is away: what all panels say, and until when none of them asks. */
+const away = { answer: null, until: 0 };
 
 /**
- * A DOM element that follows what `observe` says.
+ * A chart that follows what `observe` says.
  *
  * It looks instead of listening: one short string ten times a second, while it is on screen, sees
  * drags, undo, scripts, links and the coming and going of a dynamic combo's widgets alike, in
  * either renderer, and patches nothing. At most one question is under way, so a drag never queues
- * up work; the last position is always asked for.
+ * up work; the last position is always asked for. Whether it is on screen its own size tells: a
+ * collapsed, removed or copied node has none, so nothing runs for it and nothing has to be undone.
  */
 export class LivePanel {
   /**
    * @param {object} options
    * @param {() => string} options.observe the question as text; a new text is a new question
-   * @param {(question: string) => Promise<any>} options.ask the answer: JSON for `draw`, or
-   *   {error} or {message}
-   * @param {(answer: any, size: {width: number, height: number}) => SVGElement} options.draw
+   * @param {(question: string, signal: AbortSignal) => Promise<any>} options.ask the answer: JSON
+   *   for the chart, {error} or {message}; `again` in it says that the server is away
+   * @param {import("./face.js").Chart} options.chart
    */
-  constructor({ observe, ask, draw }) {
+  constructor({ observe, ask, chart }) {
     this.observe = observe;
     this.ask = ask;
-    this.draw = draw;
-    this.element = document.createElement("div");
-    this.element.className = "braid-live";
-    this.answer = null;
+    this.face = new ChartFace(chart);
     this.question = "";
-    this.asking = false;
-    this.quietUntil = 0;
     this.timer = 0;
-    this.resized = new ResizeObserver(() => this.#render());
+    this.askedAt = 0;
+    this.request = new AbortController();
+    this.sized = new ResizeObserver(() => this.#resized());
+    this.sized.observe(this.face.element);
   }
 
-  start() {
-    if (this.timer) return;
-    addStyle();
-    this.resized.observe(this.element);
-    this.timer = window.setInterval(() => this.#look(), LOOK_EVERY_MS);
+  /** The DOM element of the panel. */
+  get element() {
+    return this.face.element;
   }
 
-  stop() {
+  /** Whether a chart is shown, not a sentence. */
+  get drawn() {
+    const { answer } = this.face;
+    return answer != null && !answer.error && !answer.message;
+  }
+
+  /** Show an answer that came with a run; it stays until the next change. */
+  show(answer) {
+    this.face.show(answer);
+  }
+
+  #resized() {
+    const onScreen = this.element.clientWidth > 0 && this.element.clientHeight > 0;
+    if (onScreen && !this.timer) this.#start();
+    if (!onScreen && this.timer) this.#stop();
+    this.face.resize();
+  }
+
+  #start() {
+    this.timer = window.setInterval(() => this.#tick(), LOOK_EVERY_MS);
+    this.#tick();
+  }
+
+  #stop() {
     window.clearInterval(this.timer);
     this.timer = 0;
-    this.resized.disconnect();
+    this.request.abort(OFF_SCREEN);
   }
 
-  /** Draw an answer that came another way, such as with a run; it stays until the next change. */
-  show(answer) {
-    this.answer = answer;
-    this.#render();
+  #tick() {
+    const waited = this.askedAt && performance.now() - this.askedAt;
+    if (waited > GIVE_UP_AFTER_MS) this.request.abort();
+    if (waited) this.face.wait(waited > SLOW_AFTER_MS);
+    else if (!document.hidden) this.#look();
   }
 
   async #look() {
-    if (this.asking || document.hidden || !this.element.isConnected) return;
-    if (performance.now() < this.quietUntil) return;
-    const question = this.observe();
-    if (question === this.question) return;
-    this.asking = true;
-    const answer = await this.ask(question).catch(() => null);
-    this.asking = false;
-    if (answer) this.question = question;
-    else this.quietUntil = performance.now() + RETRY_AFTER_MS; // the server is away
-    this.show(answer ?? { message: "Waiting for the ComfyUI server…" });
+    let question = "";
+    try {
+      question = this.observe();
+      if (question === this.question) return;
+      if (away.answer && performance.now() < away.until) return this.#answered("", away.answer);
+      if (remembered.has(question)) this.face.show(remembered.get(question));
+      const answer = await this.#asked(question);
+      if (answer) this.#answered(question, answer);
+    } catch (error) {
+      this.#answered(question, { error: `This chart failed: ${error.message}` });
+    }
   }
 
-  #render() {
-    if (!this.answer) return;
-    const { width, height } = this.#size();
-    if (width < 1 || height < 1) return;
-    const { error, message } = this.answer;
-    this.element.replaceChildren(
-      error || message
-        ? sentence(error ?? message, error ? "alert" : "status")
-        : this.draw(this.answer, { width, height }),
-    );
+  /** The answer; null when the panel left the screen meanwhile. */
+  async #asked(question) {
+    const { signal } = (this.request = new AbortController());
+    this.askedAt = performance.now();
+    away.until = this.askedAt + RETRY_AFTER_MS; // one panel tries for all
+    try {
+      const answer = await this.ask(question, signal);
+      if (signal.reason === OFF_SCREEN) return null;
+      away.answer = answer.again ? answer : null;
+      return answer;
+    } finally {
+      this.askedAt = 0;
+      this.face.wait(false);
+    }
   }
 
-  #size() {
-    return { width: this.element.clientWidth, height: this.element.clientHeight };
+  #answered(question, answer) {
+    this.question = answer.again ? "" : question;
+    this.face.show(answer);
+    if (answer.again || answer.error) return;
+    remembered.delete(question);
+    remembered.set(question, answer);
+    if (remembered.size > REMEMBERED) remembered.delete(remembered.keys().next().value);
   }
-}
-
-function sentence(text, role) {
-  const paragraph = document.createElement("p");
-  paragraph.setAttribute("role", role);
-  paragraph.textContent = text;
-  return paragraph;
-}
-
-function addStyle() {
-  if (document.getElementById("braid-live-style")) return;
-  const style = document.createElement("style");
-  style.id = "braid-live-style";
-  style.textContent = STYLE;
-  document.head.append(style);
 }

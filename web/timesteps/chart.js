@@ -1,38 +1,45 @@
 // @ts-check
 // The timestep preview as SVG: draws the numbers of nodes/timesteps.py and computes no distribution.
 
-import { COLOURS, label, path, svg, ticks } from "../live/svg.js";
+import { COLOURS, clipped, column, gap, label, line, path, short, svg, ticks } from "../live/svg.js";
 
-const MARGIN = { left: 34, right: 14, top: 60, bottom: 32 };
-const LEGEND_LINE = 14;
-const LOG_SNR = [8, 4, 2, 0, -2, -4, -8];
+const MARGIN = { left: 36, right: 12, top: 22, bottom: 32 };
 const LOSS_SHARE = 0.34;
 const LOSS_GAP = 20;
+
+export const name = "Timestep distribution";
+
+/** What stands above the plot. @param {any} answer chart_json of nodes/timesteps.py */
+export function heading({ title, subtitle, effective, run }) {
+  const legend = [
+    ["drawn", COLOURS.bars, "bar"],
+    ["density", COLOURS.line, "line"],
+    effective && ["density × loss weight", COLOURS.second, "dashed"],
+    run && [`drawn by the run (${run.samples})`, COLOURS.third, "line"],
+  ];
+  return { title, subtitle, legend: legend.filter(Boolean) };
+}
 
 /**
  * @param {any} answer chart_json of nodes/timesteps.py
  * @param {{width: number, height: number}} size in CSS pixels
  */
 export function draw(answer, { width, height }) {
-  const root = svg("svg", { viewBox: `0 0 ${width} ${height}`, class: "braid-timesteps" });
-  const entries = legend(answer);
-  const roof = MARGIN.top + (entries.length ? LEGEND_LINE : 0);
   const bottom = height - MARGIN.bottom;
-  const split = answer.run ? bottom - LOSS_SHARE * (bottom - roof) : bottom;
+  const split = answer.run ? bottom - LOSS_SHARE * (bottom - MARGIN.top) : bottom;
   const x = (t) => MARGIN.left + t * (width - MARGIN.left - MARGIN.right);
   const top = highest(answer);
-  const y = (value) => split - (Math.min(value, top) / top) * (split - roof);
-  root.append(
-    label(MARGIN.left, 17, answer.title, { fill: COLOURS.ink, size: 12, weight: 600 }),
-    label(MARGIN.left, 31, answer.subtitle, { size: 9.5 }),
-    ...entries,
-    ...outside(answer.range, x, roof, bottom),
-    ...axes(x, y, top, { roof, split, bottom }),
+  const y = (value) => split - (value / top) * (split - MARGIN.top);
+  return svg(
+    "svg",
+    { viewBox: `0 0 ${width} ${height}`, class: "braid-timesteps" },
+    ...outside(answer.range, x, bottom),
+    ...axes(x, y, top, split, bottom),
     ...bars(answer, x, y, split),
-    ...curves(answer, x, y),
+    clipped(width, MARGIN.top, split + 1, curves(answer, x, y)),
+    ...(answer.run ? lossPanel(answer, x, split + LOSS_GAP, bottom) : []),
+    ...columns(answer, x, bottom),
   );
-  if (answer.run) root.append(...lossPanel(answer, x, split + LOSS_GAP, bottom));
-  return root;
 }
 
 /** Drawn density of each bin: count / samples / width of a bin. */
@@ -48,62 +55,60 @@ function highest({ statistics, density, effective, run }) {
   return 1.08 * Math.max(drawn, ran, Math.min(lines, 1.6 * drawn));
 }
 
-function outside([low, high], x, top, bottom) {
+/** Shades what the range leaves out. */
+function outside([low, high], x, bottom) {
   return [[0, low], [high, 1]]
     .filter(([start, end]) => end > start)
     .map(([start, end]) =>
-      svg("rect", { x: x(start), y: top, width: x(end) - x(start), height: bottom - top, fill: COLOURS.grid, opacity: 0.5 }),
+      svg("rect", { x: x(start), y: MARGIN.top, width: x(end) - x(start), height: bottom - MARGIN.top, fill: COLOURS.grid, opacity: 0.5 }),
     );
 }
 
-function axes(x, y, top, { roof, split, bottom }) {
-  const line = (x1, y1, x2, y2) => svg("line", { x1, y1, x2, y2, stroke: COLOURS.grid });
-  const t = [0, 0.2, 0.4, 0.6, 0.8, 1];
-  const shown = LOG_SNR.filter((snr) => x(1) - x(0) > 300 || Math.abs(snr) < 8);
+function axes(x, y, top, split, bottom) {
   return [
     ...ticks(top, 4).flatMap((value) => [
       line(x(0), y(value), x(1), y(value)),
-      label(x(0) - 5, y(value) + 3, String(+value.toPrecision(3)), { anchor: "end", size: 9 }),
+      label(x(0) - 5, y(value) + 3, short(value), { anchor: "end" }),
     ]),
-    ...t.flatMap((value) => [
-      line(x(value), roof, x(value), bottom),
-      label(x(value), bottom + 12, value.toFixed(1), { anchor: "middle", size: 9 }),
+    ...[0, 0.2, 0.4, 0.6, 0.8, 1].flatMap((value) => [
+      line(x(value), MARGIN.top, x(value), bottom),
+      label(x(value), bottom + 12, value.toFixed(1), { anchor: "middle" }),
     ]),
-    label(x(0.5), bottom + 25, "noise level t   (1 = pure noise)", { anchor: "middle", size: 9.5 }),
-    ...shown.flatMap((snr) => {
+    label(x(0.5), bottom + 26, "noise level t   (1 = pure noise)", { anchor: "middle" }),
+    ...logSnr(x(1) - x(0)).flatMap((snr) => {
       const at = x(1 / (1 + Math.exp(snr / 2)));
       const text = snr === 0 ? "log-SNR 0" : `${snr > 0 ? "+" : "−"}${Math.abs(snr)}`;
       return [
-        svg("line", { x1: at, y1: roof - 4, x2: at, y2: roof, stroke: COLOURS.faint }),
-        label(at, roof - 7, text, { anchor: "middle", size: 9 }),
+        line(at, MARGIN.top - 4, at, MARGIN.top, { stroke: COLOURS.faint }),
+        label(at, MARGIN.top - 7, text, { anchor: "middle" }),
       ];
     }),
-    svg("line", { x1: x(0), y1: split, x2: x(1), y2: split, stroke: COLOURS.faint }),
+    line(x(0), split, x(1), split, { stroke: COLOURS.faint }),
   ];
 }
 
-function bars({ statistics, run }, x, y, split) {
-  const { bins, counts, samples } = statistics;
+/** The values of log-SNR whose labels have room on an axis of so many pixels. */
+function logSnr(pixels) {
+  const least = pixels > 300 ? 2 : pixels > 220 ? 2 : 4;
+  const most = pixels > 300 ? 8 : 4;
+  return [8, 4, 2, 0, -2, -4, -8].filter((snr) => snr === 0 || (Math.abs(snr) >= least && Math.abs(snr) <= most));
+}
+
+function bars({ statistics }, x, y, split) {
+  const { bins, counts } = statistics;
   const heights = densities(statistics, counts);
-  return counts.map((count, index) => {
-    const [left, right] = [x(bins[index]), x(bins[index + 1])];
-    const share = ((100 * count) / samples).toFixed(2);
-    const ran = run ? `; the run drew ${run.counts[index]} of ${run.samples}` : "";
-    const text = `t ${bins[index].toFixed(3)} – ${bins[index + 1].toFixed(3)}: ${count} draws, ${share} %${ran}`;
-    return svg(
-      "rect",
-      {
-        class: "braid-bin",
-        "data-count": count,
-        x: left,
-        y: y(heights[index]),
-        width: Math.max(0.5, right - left - Math.min(1, 0.15 * (right - left))),
-        height: Math.max(0, split - y(heights[index])),
-        fill: COLOURS.bars,
-      },
-      svg("title", {}, text),
-    );
-  });
+  const width = x(bins[1]) - x(bins[0]);
+  return counts.map((count, index) =>
+    svg("rect", {
+      class: "braid-bin",
+      "data-count": count,
+      x: x(bins[index]),
+      y: y(heights[index]),
+      width: Math.max(0.5, width - gap(width)),
+      height: Math.max(0, split - y(heights[index])),
+      fill: COLOURS.bars,
+    }),
+  );
 }
 
 function curves({ t, density, effective, statistics, run }, x, y) {
@@ -119,20 +124,7 @@ function curves({ t, density, effective, statistics, run }, x, y) {
   return lines;
 }
 
-function legend({ effective, run }) {
-  const entries = [
-    effective && ["density", COLOURS.line],
-    effective && ["density × loss weight", COLOURS.second],
-    run && [`drawn by the run (${run.samples})`, COLOURS.third],
-  ].filter(Boolean);
-  let left = MARGIN.left;
-  return entries.map(([text, fill]) => {
-    const item = label(left, 45, text, { fill, size: 9.5, weight: 600 });
-    left += 5.6 * text.length + 10;
-    return item;
-  });
-}
-
+/** The run's loss in each bin, with its standard error. */
 function lossPanel({ statistics, run }, x, top, bottom) {
   const { bins } = statistics;
   const most = 1.1 * Math.max(...run.loss.map((loss, index) => (loss ?? 0) + (run.loss_error[index] ?? 0)), 1e-12);
@@ -140,16 +132,31 @@ function lossPanel({ statistics, run }, x, top, bottom) {
   const dots = run.loss.flatMap((loss, index) => {
     if (loss == null) return [];
     const [at, error] = [x(0.5 * (bins[index] + bins[index + 1])), run.loss_error[index] ?? 0];
-    const text = `loss ${loss.toPrecision(3)} ± ${error.toPrecision(2)} of ${run.counts[index]} draws`;
     return [
-      svg("line", { x1: at, x2: at, y1: y(loss - error), y2: y(loss + error), stroke: COLOURS.third }),
-      svg("circle", { cx: at, cy: y(loss), r: 2.2, fill: COLOURS.third }, svg("title", {}, text)),
+      line(at, y(loss - error), at, y(loss + error), { stroke: COLOURS.third }),
+      svg("circle", { cx: at, cy: y(loss), r: 2.2, fill: COLOURS.third }),
     ];
   });
   return [
     ...dots,
-    svg("line", { x1: x(0), y1: bottom, x2: x(1), y2: bottom, stroke: COLOURS.faint }),
-    label(x(0) - 5, top + 6, most.toPrecision(2), { anchor: "end", size: 9 }),
-    label(x(0), top - 7, "loss of the run, mean ± standard error", { size: 9 }),
+    line(x(0), bottom, x(1), bottom, { stroke: COLOURS.faint }),
+    label(x(0) - 5, top + 6, short(most, 2), { anchor: "end" }),
+    label(x(0), top - 7, "loss of the run, mean ± standard error"),
   ];
+}
+
+function columns(answer, x, bottom) {
+  const { bins, counts } = answer.statistics;
+  return counts.map((_, index) => column(x(bins[index]), x(bins[index + 1]), MARGIN.top, bottom, reading(answer, index)));
+}
+
+function reading({ statistics, run }, index) {
+  const { bins, counts, samples } = statistics;
+  const share = ((100 * counts[index]) / samples).toFixed(2);
+  const planned = `t ${bins[index].toFixed(3)} to ${bins[index + 1].toFixed(3)}: ${counts[index]} draws, ${share} %`;
+  if (!run) return planned;
+  const loss = run.loss[index];
+  const error = run.loss_error[index] == null ? "" : ` ± ${short(run.loss_error[index], 2)}`;
+  const lost = loss == null ? "" : `, loss ${short(loss)}${error}`;
+  return `${planned}; the run drew ${run.counts[index]} of ${run.samples}${lost}`;
 }
