@@ -9,6 +9,8 @@ Where the defaults differ from musubi-tuner's, on purpose:
                                  names with underscores and never match, so that it trains the
                                  modulation layers by accident; here they are excluded.
   FLUX, FLUX.2                   giving exclude_patterns never switches the defaults off.
+  Kandinsky 5                    no default include_patterns: musubi's take attention and feed
+                                 forward back from whatever the user excludes.
   Wan, `norm`, `_in`, `head` …   patterns that could only match outside the blocks are left out.
 """
 
