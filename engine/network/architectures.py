@@ -176,7 +176,10 @@ _LUMINA_COMMON = dict(
 DEFAULT = Architecture(
     title="other model",
     layers=r".+?\.\d+\..+",  # inside an element of a numbered container: the repeated blocks
-    exclude=(r"(?i:.*(modulation|adaln|img_mod|txt_mod|emb_layers|_emb\b|embedder).*)",),
+    exclude=(
+        r"(?i:.*(modulation|adaln|img_mod|txt_mod|emb_layers|_emb\b|embedder).*)",
+        r".*\b(mod[CX]+|norm\d?)\.(\d+|linear)",  # modulation in AuraFlow and OmniGen 2
+    ),
     base_model_version="unknown",
     modelspec="unknown",
 )

@@ -153,10 +153,7 @@ def scale_weight_norms(network: Network, limit: float) -> WeightNorms:
     n = ‖up·down·alpha/rank‖_F, clamped from below to limit/2; both matrices are multiplied by the
     square root of min(n, limit) / n.
     """
-    if network.spec.kind != "lora":
-        raise ValueError(
-            f"scale_weight_norms={limit}: works on lora only, not on {network.spec.kind}; use 0"
-        )
+    check_weight_norms(network, limit)
     adapters = list(network.adapters.values())
     norms = torch.stack([_frobenius_norm(adapter) for adapter in adapters])
     clamped = norms.clamp(min=limit / 2)
@@ -165,6 +162,14 @@ def scale_weight_norms(network: Network, limit: float) -> WeightNorms:
         adapter.down.mul_(factor)
         adapter.up.mul_(factor)
     return WeightNorms(scaled=(ratio != 1).sum(), norms=clamped * ratio)
+
+
+def check_weight_norms(network: Network, limit: float) -> None:
+    """ValueError when `scale_weight_norms` cannot limit this kind of network."""
+    if network.spec.kind != "lora":
+        raise ValueError(
+            f"scale_weight_norms={limit}: works on lora only, not on {network.spec.kind}; use 0"
+        )
 
 
 def _frobenius_norm(adapter: LoRA) -> Tensor:
