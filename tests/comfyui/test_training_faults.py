@@ -11,6 +11,7 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
+from denoiser_cases import build_fp8
 from test_training_run import PLAN, run, same, silent, training
 from tiny_models import build, conditioning, latent
 
@@ -18,8 +19,10 @@ from comfyui_braid.engine import files
 from comfyui_braid.engine.comfyui import trainer
 from comfyui_braid.engine.comfyui.denoiser import ComfyDenoiser
 from comfyui_braid.engine.comfyui.items import pair_items
+from comfyui_braid.engine.comfyui.playground import load_playground_model
 from comfyui_braid.engine.comfyui.trainer import train_lora
 from comfyui_braid.engine.network.spec import NetworkSpec
+from comfyui_braid.engine.playground.model import WEIGHTS
 from comfyui_braid.engine.timesteps.sampling import TimestepSampling
 from comfyui_braid.engine.training.loop import TrainingDiverged, TrainingRun
 from comfyui_braid.engine.training.options import (
@@ -248,6 +251,31 @@ def test_files_hold_the_whole_configuration_and_no_path_of_this_machine(tmp_path
         assert metadata["ss_optimizer"] == "torch.optim.adamw.AdamW"
     assert trained.report["folder"] == str(tmp_path / "tiny")
     assert trained.report["compiled"] == "no" and trained.report["seconds_per_step"] > 0
+
+
+OF_MUSUBI = (
+    "session_id training_started_at training_finished_at output_name learning_rate num_train_items "
+    "num_batches_per_epoch num_epochs gradient_checkpointing gradient_accumulation_steps "
+    "gradient_checkpointing_cpu_offload max_train_steps lr_warmup_steps lr_scheduler "
+    "base_model_version network_module network_dim network_alpha network_dropout mixed_precision "
+    "seed training_comment optimizer max_grad_norm fp8_base full_fp16 full_bf16 weighting_scheme "
+    "logit_mean logit_std mode_scale guidance_scale timestep_sampling sigmoid_scale "
+    "discrete_flow_shift datasets steps epoch"
+).split()
+"""What musubi-tuner 30c658c writes into every adapter, without the `ss_`."""
+
+
+def test_files_hold_every_field_that_musubi_writes_and_the_name_of_the_base_file(tmp_path):
+    with torch.inference_mode():
+        plain = train_lora(build("flux"), training("flux", tmp_path, plan=SHORT), silent)
+        loaded = train_lora(load_playground_model(), training("flux", tmp_path, plan=SHORT), silent)
+        fp8 = train_lora(build_fp8("flux"), training("flux", tmp_path, plan=SHORT), silent)
+    assert {f"ss_{name}" for name in OF_MUSUBI} <= set(plain.lora.metadata)
+    assert plain.lora.metadata["ss_fp8_base"] == "False"
+    assert fp8.lora.metadata["ss_fp8_base"] == "True"
+    assert "ss_sd_model_name" not in plain.lora.metadata
+    assert loaded.lora.metadata["ss_sd_model_name"] == WEIGHTS.name
+    assert plain.lora.metadata["ss_session_id"] != loaded.lora.metadata["ss_session_id"]
 
 
 def test_nothing_is_said_where_nothing_happened(tmp_path, caplog):
