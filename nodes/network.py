@@ -91,7 +91,8 @@ class BraidNetwork(io.ComfyNode):
                     max=0.99,
                     step=0.01,
                     advanced=True,
-                    tooltip="Chance, 0 to below 1, that one inner activation is dropped.",
+                    tooltip="Chance, 0 to below 1, that one inner activation is dropped; of loha "
+                    "and lokr, that one input of the layer is.",
                 ),
                 io.Float.Input(
                     "rank_dropout",
@@ -101,7 +102,7 @@ class BraidNetwork(io.ComfyNode):
                     step=0.01,
                     advanced=True,
                     tooltip="Chance, 0 to below 1, that one rank is dropped for one picture "
-                    "of the batch. Not for lokr.",
+                    "of the batch; of loha and lokr, that one output of the layer is.",
                 ),
                 io.Float.Input(
                     "module_dropout",

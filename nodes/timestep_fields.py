@@ -108,6 +108,7 @@ MODE_FIELDS: dict[str, list[io.Input]] = {
     "qwen_shift": [_SCALE, _WEIGHT],
     "flux2_shift": [_SCALE, _WEIGHT],
     "krea2_shift": [_SCALE, _WEIGHT],
+    "ideogram4_shift": [_WEIGHT],
     "logsnr": [*_LOGSNR, _WEIGHT],
     "qinglong_flux": [*_LOGSNR, *_SHARES, _SCALE, _WEIGHT],
     "qinglong_qwen": [*_LOGSNR, *_SHARES, _SCALE, _WEIGHT],

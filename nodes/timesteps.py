@@ -60,9 +60,9 @@ class BraidTimestepSampling(io.ComfyNode):
                     ],
                     tooltip="The distribution of the noise level, by musubi-tuner's names. sigma: "
                     "flat, or what weighting_scheme says. uniform: flat. sigmoid: a bell. shift: a "
-                    "bell moved by discrete_flow_shift. flux/qwen/flux2/krea2_shift: moved by the "
-                    "size of the training image. logsnr: Style-Friendly. qinglong: a mixture of "
-                    "shift, logsnr and a low-noise bell.",
+                    "bell moved by discrete_flow_shift. flux/qwen/flux2/krea2/ideogram4_shift: "
+                    "moved by the size of the training image. logsnr: Style-Friendly. qinglong: a "
+                    "mixture of shift, logsnr and a low-noise bell.",
                 ),
                 io.Int.Input(
                     "min_timestep",
@@ -106,8 +106,11 @@ class BraidTimestepSampling(io.ComfyNode):
 
     @classmethod
     @override
-    def execute(cls, **widgets: Any) -> io.NodeOutput:
-        return io.NodeOutput(build_sampling(**widgets))
+    def execute(
+        cls, timestep_sampling: Mapping[str, Any] | str = "", **widgets: Any
+    ) -> io.NodeOutput:
+        # "": the host leaves a dynamic combo out when the API sent a key that it does not have
+        return io.NodeOutput(build_sampling(timestep_sampling, **widgets))
 
 
 class BraidTimestepPreview(io.ComfyNode):

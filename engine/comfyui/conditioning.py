@@ -64,6 +64,12 @@ def encode(
             f"a training item needs exactly one prompt, its conditioning has {len(conditioning)} "
             "parts; do not combine conditionings for training"
         )
+    prompt = conditioning[0][0]
+    if prompt is not None and len(prompt) != 1:
+        raise ValueError(
+            f"a training item needs exactly one prompt, its conditioning is a batch of "
+            f"{len(prompt)}; give each item a conditioning of its own"
+        )
     for key, what in UNTRAINABLE.items():
         if key in conditioning[0][1]:
             raise ValueError(f"conditioning with {what} ({key!r}) cannot be trained on; remove it")

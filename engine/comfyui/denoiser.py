@@ -72,10 +72,6 @@ class ComfyDenoiser:
         CONDITIONING. Both stay on the CPU. Items whose latents have equal shapes can share a batch.
         """
         format_ = self.model.latent_format
-        if samples.is_nested:
-            raise ValueError(
-                "latents that pack several streams (sound and video) are not supported"
-            )
         if samples.shape[0] != 1:
             raise ValueError(f"one item has one latent, got a batch of {samples.shape[0]}")
         if samples.ndim == 4 and format_.latent_dimensions == 3:
@@ -123,7 +119,7 @@ class ComfyDenoiser:
         different = {item.widths: (latents, item) for latents, item in items}
         for latents, item in different.values():
             try:
-                with torch.no_grad():
+                with torch.inference_mode():
                     self.predict(latents, torch.full((1,), 0.5), [item])
             except torch.OutOfMemoryError:
                 raise

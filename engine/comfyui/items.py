@@ -1,9 +1,13 @@
 """Latents and conditioning, as core's dataset nodes give them, paired into single items."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
+
+logger = logging.getLogger("comfyui_braid.training")
 
 Pair = tuple[Tensor, list]
 """(samples (1, C, [T], H, W), one CONDITIONING)."""
@@ -16,9 +20,10 @@ def pair_items(latents: Sequence[dict[str, Any]], positive: Sequence[list]) -> l
     (a batch of latents with a list of its entries), one latent batch with one conditioning list,
     and one conditioning for all.
     """
-    singles = [sample[None] for latent in latents for sample in latent["samples"]]
+    singles = [sample for latent in latents for sample in _samples(latent)]
     if not singles:
         raise ValueError("latents is empty; connect at least one latent to train on")
+    _refuse_what_is_no_number(singles, positive)
     shared = _one_for_all(positive)
     if shared is not None:
         return [(sample, shared) for sample in singles]
@@ -37,6 +42,30 @@ def pair_items(latents: Sequence[dict[str, Any]], positive: Sequence[list]) -> l
             "conditioning per latent, or exactly one for all"
         )
     return list(zip(singles, entries, strict=True))
+
+
+def _samples(latent: dict[str, Any]) -> list[Tensor]:
+    """Every picture or clip of a LATENT, (1, C, [T], H, W) each."""
+    samples = latent["samples"]
+    if samples.is_nested:
+        raise ValueError(
+            "latents that pack several streams (sound and video) cannot be trained on; "
+            "connect the latents of one stream"
+        )
+    if "noise_mask" in latent:
+        logger.warning("the latents have a noise mask: it is not used, all of each is trained on")
+    return [sample[None] for sample in samples]
+
+
+def _refuse_what_is_no_number(singles: Sequence[Tensor], positive: Sequence[list]) -> None:
+    entries = [entry for conditioning in positive for entry, *_ in conditioning]
+    for name, tensors in (("latents", singles), ("positive", entries)):
+        for number, tensor in enumerate(tensors, start=1):
+            if isinstance(tensor, Tensor) and not torch.isfinite(tensor).all():
+                raise ValueError(
+                    f"{name}: item {number} holds NaN or infinite values; encode it again, "
+                    "in fp32 or bf16 if it was fp16"
+                )
 
 
 def _one_for_all(positive: Sequence[list]) -> list | None:

@@ -15,6 +15,7 @@ from ..training.options import Checkpointing, TrainingOptions
 from ..training.plan import TrainingPlan
 from ..training.saving import fingerprint
 from .items import Pair
+from .model import file_name_of, has_fp8_weights
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,13 +47,21 @@ class LoraTraining:
 def musubi_fields(training: LoraTraining, run: TrainingRun, started: datetime) -> dict[str, object]:
     """The `ss_` fields of a run under musubi-tuner's names, and those it forgets."""
     plan, sampling, optimizer = training.plan, training.timesteps, training.optimizer
-    return {
+    patcher = run.denoiser.patcher
+    base = file_name_of(patcher)
+    return ({"sd_model_name": base} if base else {}) | {
+        "session_id": int(started.timestamp() * 1e6) % 2**32,  # tells runs of one name apart
+        "fp8_base": has_fp8_weights(patcher),
+        "full_fp16": False,  # the adapter itself is always float32
+        "full_bf16": False,
+        "training_comment": None,
         "output_name": training.name,
         "learning_rate": plan.learning_rate,
         "num_train_items": len(run.dataset),
         "num_batches_per_epoch": run.batches_per_epoch,
         "num_epochs": -(-plan.steps // run.steps_per_epoch),
         "gradient_checkpointing": plan.gradient_checkpointing,
+        "gradient_checkpointing_cpu_offload": False,
         "gradient_accumulation_steps": plan.gradient_accumulation_steps,
         "max_train_steps": plan.steps,
         "lr_warmup_steps": optimizer.warmup_steps(plan.steps),

@@ -25,6 +25,7 @@ from ..network.checkpoint import state_dict_of, weights_of, write_adapter
 from ..network.keys import encoded
 from ..network.metadata import adapter_metadata
 from ..network.targets import TargetReport, select_targets
+from ..timesteps.sampling import TimestepSampling
 from ..timesteps.stream import TimestepStream
 from ..training.dataset import Dataset, TrainingItem
 from ..training.figure import draw_history
@@ -322,7 +323,7 @@ def _logged(
 
 
 def _build_run(training: LoraTraining, denoiser: ComfyDenoiser, network: Network) -> TrainingRun:
-    dataset = Dataset(_prepare(denoiser, training.pairs))
+    dataset = Dataset(_prepare(denoiser, training.pairs, training.timesteps))
     groups = parameter_groups(network, training.plan.learning_rate)
     return TrainingRun(
         plan=training.plan,
@@ -335,24 +336,29 @@ def _build_run(training: LoraTraining, denoiser: ComfyDenoiser, network: Network
     )
 
 
-def _prepare(denoiser: ComfyDenoiser, pairs: Sequence[Pair]) -> list[TrainingItem]:
-    items = []
-    for samples, positive in pairs:
-        latents, conditioning = denoiser.prepare(samples, positive)
-        items.append(
-            TrainingItem(
-                latents=latents[0],
-                conditioning=conditioning,
-                batch_key=(tuple(latents.shape[1:]), conditioning.key),
-            )
+def _prepare(
+    denoiser: ComfyDenoiser, pairs: Sequence[Pair], sampling: TimestepSampling
+) -> list[TrainingItem]:
+    """The items as the loop takes them; ValueError for what the model or the noise levels do not
+    fit."""
+    prepared = [denoiser.prepare(samples, positive) for samples, positive in pairs]
+    denoiser.check(prepared)
+    for height, width in {latents.shape[-2:] for latents, _ in prepared}:
+        sampling.distribution(height, width)
+    return [
+        TrainingItem(
+            latents=latents[0],
+            conditioning=conditioning,
+            batch_key=(tuple(latents.shape[1:]), conditioning.key),
         )
-    return items
+        for latents, conditioning in prepared
+    ]
 
 
 def _build_validator(training: LoraTraining, denoiser: ComfyDenoiser) -> Validator:
     validation = training.options.validation
     return Validator(
-        _prepare(denoiser, training.held_out),
+        _prepare(denoiser, training.held_out, training.timesteps),
         every_n_steps=validation.every_n_steps,
         timesteps_per_item=validation.timesteps_per_item,
         seed=validation.seed,
@@ -381,12 +387,14 @@ def _largest_batch(pairs: Sequence[Pair], batch_size: int) -> tuple[int, ...]:
 
 
 def _check_writable(folder: Path) -> None:
-    """ValueError now rather than after an hour of training."""
-    probe = folder / "writable"
+    """ValueError now rather than after an hour of training; leaves nothing behind."""
+    probe, is_new = folder / "writable", not folder.exists()
     try:
         with replaced_when_whole(probe) as temporary:
             temporary.write_bytes(b"")
         probe.unlink()
+        if is_new:
+            folder.rmdir()
     except OSError as error:
         raise ValueError(
             f"the LoRA cannot be saved under {folder} ({error.strerror or error}); "

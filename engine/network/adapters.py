@@ -90,6 +90,14 @@ class Adapter(nn.Module):
             return activations
         return F.dropout(activations, self.neuron_dropout)
 
+    def _dropped_rows(self, delta: Tensor) -> Tensor:
+        """Rank dropout of an adapter without a common rank, as in LyCORIS and musubi: rows of ΔW,
+        that is outputs of the layer, one mask a call; what is kept is scaled up."""
+        if not self.training or not self.rank_dropout:
+            return delta
+        kept = torch.rand(self.shape.out_features, device=delta.device) > self.rank_dropout
+        return delta * (kept / (1.0 - self.rank_dropout)).to(delta).view(-1, *self._ones)
+
     def _apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
         """The layer's own operation (stride, padding, dilation) with another weight, no bias."""
         shape = self.shape
@@ -191,23 +199,21 @@ class LoHa(Adapter):
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """As LyCORIS: b factors standard normal, w1_a normal of 0.1, w2_a zero."""
-        nn.init.normal_(self.w1_b, std=1.0, generator=generator)
         nn.init.normal_(self.w1_a, std=0.1, generator=generator)
+        nn.init.normal_(self.w1_b, std=1.0, generator=generator)
         nn.init.normal_(self.w2_b, std=1.0, generator=generator)
         nn.init.zeros_(self.w2_a)
 
     def delta(self, x: Tensor) -> Tensor:
         x = self._dropped_neurons(self._input(x))
-        w1_a, w2_a, scale = self._cast("w1_a"), self._cast("w2_a"), self.scale
-        if self.training and self.rank_dropout:
-            mask = torch.rand((1, self.rank), device=w1_a.device) > self.rank_dropout
-            w1_a, w2_a, scale = w1_a * mask, w2_a * mask, scale / (1.0 - self.rank_dropout)
-        factors = (w1_a, self._cast("w1_b"), w2_a, self._cast("w2_b"))
-        if not self._thin_is_cheaper:
-            return self._apply_weight(x, self._dense(*factors)) * scale
-        down, up = _khatri_rao(*factors)
-        hidden = self._apply_weight(x, down.reshape(-1, *self._weight_shape[1:]))
-        return self._pointwise(hidden, up) * scale
+        factors = [self._cast(name) for name in self.KEYS]
+        if self._thin_is_cheaper:
+            down, up = _khatri_rao(*factors)
+            hidden = self._apply_weight(x, down.reshape(-1, *self._weight_shape[1:]))
+            delta = self._pointwise(hidden, up)
+        else:
+            delta = self._apply_weight(x, self._dense(*factors))
+        return self._dropped_rows(delta * self.scale)
 
     def delta_weight(self) -> Tensor:
         return self._dense(self.w1_a, self.w1_b, self.w2_a, self.w2_b) * self.scale
@@ -226,6 +232,11 @@ class LoKr(Adapter):
     """The Kronecker product of a small matrix and a large one, low-rank where that is smaller."""
 
     KEYS = {name: f"lokr_{name}" for name in ("w1", "w2", "w2_a", "w2_b")}
+
+    def __init__(self, *args, **settings) -> None:
+        super().__init__(*args, **settings)
+        if self._is_full:
+            self.alpha = float(self.rank)  # so that every reader of its file finds a scale of 1
 
     @staticmethod
     def parameter_shapes(
@@ -260,7 +271,7 @@ class LoKr(Adapter):
     def delta(self, x: Tensor) -> Tensor:
         x = self._dropped_neurons(self._input(x))
         if self.shape.kernel:
-            return self._apply_weight(x, self._dense(self._cast)) * self.scale
+            return self._dropped_rows(self._apply_weight(x, self._dense(self._cast)) * self.scale)
         # (w1 ⊗ w2) x = w1 · X · w2ᵀ with x laid out as X (in_small, in_large)
         w1 = self._cast("w1")
         hidden = x.unflatten(-1, (w1.shape[1], -1))
@@ -268,7 +279,7 @@ class LoKr(Adapter):
             hidden = F.linear(hidden, self._cast("w2"))
         else:
             hidden = F.linear(F.linear(hidden, self._cast("w2_b")), self._cast("w2_a"))
-        return torch.matmul(w1 * self.scale, hidden).flatten(-2)
+        return self._dropped_rows(torch.matmul(w1 * self.scale, hidden).flatten(-2))
 
     def delta_weight(self) -> Tensor:
         return self._dense(self._parameters.__getitem__) * self.scale

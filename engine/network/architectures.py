@@ -9,6 +9,8 @@ Where the defaults differ from musubi-tuner's, on purpose:
                                  names with underscores and never match, so that it trains the
                                  modulation layers by accident; here they are excluded.
   FLUX, FLUX.2                   giving exclude_patterns never switches the defaults off.
+  Kandinsky 5                    no default include_patterns: musubi's take attention and feed
+                                 forward back from whatever the user excludes.
   Wan, `norm`, `_in`, `head` …   patterns that could only match outside the blocks are left out.
 """
 
@@ -174,7 +176,10 @@ _LUMINA_COMMON = dict(
 DEFAULT = Architecture(
     title="other model",
     layers=r".+?\.\d+\..+",  # inside an element of a numbered container: the repeated blocks
-    exclude=(r"(?i:.*(modulation|adaln|img_mod|txt_mod|emb_layers|_emb\b|embedder).*)",),
+    exclude=(
+        r"(?i:.*(modulation|adaln|img_mod|txt_mod|emb_layers|_emb\b|embedder).*)",
+        r".*\b(mod[CX]+|norm\d?)\.(\d+|linear)",  # modulation in AuraFlow and OmniGen 2
+    ),
     base_model_version="unknown",
     modelspec="unknown",
 )

@@ -6,7 +6,6 @@ with anything that wraps the layer. Leaving the context removes the hooks and no
 touched; networks may be attached on top of each other.
 """
 
-import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,8 +18,6 @@ from .adapters import ADAPTERS, Adapter, LoRA
 from .layers import LayerShape
 from .spec import NetworkSpec
 from .targets import Candidate, parameter_shapes
-
-logger = logging.getLogger("comfyui_braid.network")
 
 
 class Network(nn.Module):
@@ -128,12 +125,6 @@ def parameter_groups(network: Network, learning_rate: float) -> list[dict[str, o
     ratio = network.spec.loraplus_lr_ratio
     up = [a.up for a in network.adapters.values() if isinstance(a, LoRA)]
     if ratio is None or not up:
-        if ratio is not None:
-            logger.warning(
-                "loraplus_lr_ratio=%g has no effect on a %s: it has no up matrix",
-                ratio,
-                network.spec.kind,
-            )
         return [{"params": list(network.parameters()), "lr": learning_rate, "name": "unet"}]
     return [
         {
@@ -162,10 +153,7 @@ def scale_weight_norms(network: Network, limit: float) -> WeightNorms:
     n = ‖up·down·alpha/rank‖_F, clamped from below to limit/2; both matrices are multiplied by the
     square root of min(n, limit) / n.
     """
-    if network.spec.kind != "lora":
-        raise ValueError(
-            f"scale_weight_norms={limit}: works on lora only, not on {network.spec.kind}; use 0"
-        )
+    check_weight_norms(network, limit)
     adapters = list(network.adapters.values())
     norms = torch.stack([_frobenius_norm(adapter) for adapter in adapters])
     clamped = norms.clamp(min=limit / 2)
@@ -174,6 +162,14 @@ def scale_weight_norms(network: Network, limit: float) -> WeightNorms:
         adapter.down.mul_(factor)
         adapter.up.mul_(factor)
     return WeightNorms(scaled=(ratio != 1).sum(), norms=clamped * ratio)
+
+
+def check_weight_norms(network: Network, limit: float) -> None:
+    """ValueError when `scale_weight_norms` cannot limit this kind of network."""
+    if network.spec.kind != "lora":
+        raise ValueError(
+            f"scale_weight_norms={limit}: works on lora only, not on {network.spec.kind}; use 0"
+        )
 
 
 def _frobenius_norm(adapter: LoRA) -> Tensor:

@@ -62,9 +62,11 @@ class NetworkSpec:
     conv_alpha: float = 1.0
     """As alpha, for those convolutions; 0 means conv_rank."""
     neuron_dropout: float = 0.0
-    """Chance in [0, 1) that one inner activation is dropped (musubi: network_dropout)."""
+    """Chance in [0, 1) that one inner activation of a lora, or one input of a loha or lokr, is
+    dropped (musubi: network_dropout)."""
     rank_dropout: float = 0.0
-    """Chance in [0, 1) that one rank is dropped for one item of the batch."""
+    """Chance in [0, 1) that one rank is dropped for one item of the batch; of loha and lokr, which
+    have no common rank, that one output of the layer is dropped in one call."""
     module_dropout: float = 0.0
     """Chance in [0, 1] that a whole adapter is skipped in one call."""
     targets: TargetPatterns = field(default_factory=TargetPatterns)
@@ -88,16 +90,31 @@ class NetworkSpec:
         ):
             _check(name, p, 0 <= p < 1, "from 0 to below 1")
         _check("module_dropout", self.module_dropout, 0 <= self.module_dropout <= 1, "from 0 to 1")
-        if self.kind == "lokr" and self.rank_dropout:
-            raise ValueError(
-                f"rank_dropout={self.rank_dropout}: a LoKr has no common rank to drop; "
-                "set it to 0 and use module_dropout"
-            )
         if self.loraplus_lr_ratio is not None:
             allowed = "above 0 (4 to start with, 16 in the LoRA+ paper; the widget's 0 = off)"
             _check("loraplus_lr_ratio", self.loraplus_lr_ratio, self.loraplus_lr_ratio > 0, allowed)
         factor = self.lokr_factor
         _check("factor", factor, factor == -1 or factor >= 1, "-1 (automatic) or 1 and more")
+
+    @property
+    def without_effect(self) -> tuple[str, ...]:
+        """One sentence for each setting that these settings make no use of."""
+        idle = (
+            (
+                self.loraplus_lr_ratio is not None and self.kind != "lora",
+                f"loraplus_lr_ratio={self.loraplus_lr_ratio} has no effect on a {self.kind}: "
+                "it has no up matrix",
+            ),
+            (
+                self.lokr_factor != -1 and self.kind != "lokr",
+                f"factor={self.lokr_factor} has no effect on a {self.kind}: it is of lokr",
+            ),
+            (
+                self.conv_alpha != 1.0 and self.conv_rank is None,
+                f"conv_alpha={self.conv_alpha} has no effect without conv_dim",
+            ),
+        )
+        return tuple(sentence for is_idle, sentence in idle if is_idle)
 
     def rank_and_alpha(self, *, large_kernel: bool) -> tuple[int, float]:
         """Rank and alpha of one layer; `large_kernel`: a convolution larger than 1 × 1."""

@@ -86,8 +86,8 @@ class TargetReport:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """One sentence for each pattern of the user's that matches nothing."""
-        return tuple(
+        """One sentence for each setting, and each pattern of the user's, that does nothing."""
+        return self.spec.without_effect + tuple(
             f"{count.origin}: '{count.pattern}' matches no layer; {count.advice}"
             for count in self.patterns
             if not count.matches and count.origin != DEFAULT_EXCLUDE

@@ -26,6 +26,10 @@ from .weighting import LOSS_WEIGHTS
 WEIGHTING_SCHEMES = ("none", "logit_normal", "mode", "cosmap", "sigma_sqrt")
 LOGSNR2_MEAN, LOGSNR2_STD = 5.36, 1.0
 """The low-noise law of the qinglong mixtures, in log-SNR (musubi-tuner PR 407)."""
+IDEOGRAM4_STD = 1.5
+"""Std of logit(t) in Ideogram 4's schedule."""
+PACKED_CELL = 16
+"""Pixels along the edge of a cell of a packed latent."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +63,7 @@ MODES = (
     "uniform",
     "sigmoid",
     "shift",
-    *("flux_shift", "qwen_shift", "flux2_shift", "krea2_shift"),
+    *("flux_shift", "qwen_shift", "flux2_shift", "krea2_shift", "ideogram4_shift"),
     "logsnr",
     *QINGLONG,
 )
@@ -144,12 +148,13 @@ class TimestepSampling:
     @property
     def depends_on_resolution(self) -> bool:
         """Whether the size of the latent enters the law."""
-        return self.mode in RESOLUTION_SHIFTS or self.mode in QINGLONG
+        return self.mode.endswith("_shift") or self.mode in QINGLONG
 
     @property
     def pixels_per_cell(self) -> int:
-        """Pixels along the edge of a latent cell: 16 for FLUX.2, whose latent is packed, else 8."""
-        return 16 if self.mode == "flux2_shift" else 8
+        """Pixels along the edge of a latent cell: 16 for FLUX.2 and Ideogram 4, whose latents are
+        packed, else 8."""
+        return PACKED_CELL if self.mode in ("flux2_shift", "ideogram4_shift") else 8
 
     @property
     def low(self) -> float:
@@ -199,6 +204,8 @@ def _unrestricted(sampling: TimestepSampling, height: int, width: int) -> Distri
             return LogitNormal(math.log(sampling.discrete_flow_shift), sampling.sigmoid_scale)
         case "logsnr":
             return _logsnr_law(sampling.logit_mean, sampling.logit_std)
+        case "ideogram4_shift":
+            return _ideogram4_law(height, width)
         case "qinglong_flux" | "qinglong_qwen":
             return _qinglong_law(sampling, height, width)
     mean = RESOLUTION_SHIFTS[sampling.mode].log_shift(height, width)
@@ -218,6 +225,12 @@ def _sigma_law(sampling: TimestepSampling) -> Distribution:
 def _logsnr_law(mean: float, std: float) -> LogitNormal:
     """log-SNR = 2 ln((1 - t) / t) ~ N(mean, std^2) (arXiv:2411.14793)."""
     return LogitNormal(-0.5 * mean, 0.5 * std)
+
+
+def _ideogram4_law(height: int, width: int) -> LogitNormal:
+    """Ideogram 4's own schedule: its mean is 0 at 512 x 512 pixels and grows with their number."""
+    pixels = height * width * PACKED_CELL**2
+    return LogitNormal(0.5 * math.log(pixels / 512**2), IDEOGRAM4_STD)
 
 
 def _qinglong_law(sampling: TimestepSampling, height: int, width: int) -> Distribution:

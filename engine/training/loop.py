@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..network.attach import Network, scale_weight_norms
+from ..network.attach import Network, check_weight_norms, scale_weight_norms
 from ..timesteps.stream import TimestepStream
 from .dataset import Dataset
 from .history import LossHistory, StepRecord
@@ -72,6 +72,8 @@ class TrainingRun:
         self.timesteps = timesteps
         self.optimization = optimization
         self.device = device
+        if plan.scale_weight_norms:
+            check_weight_norms(network, plan.scale_weight_norms)
         self.step = 0
         self.history = LossHistory()
         self._read_every = 1 if device.type == "cpu" else READ_EVERY_ON_DEVICE

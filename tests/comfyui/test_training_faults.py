@@ -6,10 +6,12 @@ import logging
 import math
 
 import comfy.model_management
+import comfy.nested_tensor
 import pytest
 import safetensors
 import safetensors.torch
 import torch
+from denoiser_cases import build_fp8
 from test_training_run import PLAN, run, same, silent, training
 from tiny_models import build, conditioning, latent
 
@@ -17,12 +19,22 @@ from comfyui_braid.engine import files
 from comfyui_braid.engine.comfyui import trainer
 from comfyui_braid.engine.comfyui.denoiser import ComfyDenoiser
 from comfyui_braid.engine.comfyui.items import pair_items
+from comfyui_braid.engine.comfyui.playground import load_playground_model
 from comfyui_braid.engine.comfyui.trainer import train_lora
-from comfyui_braid.engine.training.loop import TrainingDiverged
-from comfyui_braid.engine.training.options import Checkpointing, TrainingLog, TrainingOptions
+from comfyui_braid.engine.network.spec import NetworkSpec
+from comfyui_braid.engine.playground.model import WEIGHTS
+from comfyui_braid.engine.timesteps.sampling import TimestepSampling
+from comfyui_braid.engine.training.loop import TrainingDiverged, TrainingRun
+from comfyui_braid.engine.training.options import (
+    Checkpointing,
+    TrainingLog,
+    TrainingOptions,
+    Validation,
+)
 
 SHORT = dataclasses.replace(PLAN, steps=3, batch_size=1)
 SAVING = TrainingOptions(checkpointing=Checkpointing(save_every_n_steps=1, save_state=True))
+VALIDATING = TrainingOptions(validation=Validation(latents=(), conditioning=(), every_n_steps=1))
 RESUMING = TrainingOptions(checkpointing=Checkpointing(save_state=True, resume="latest"))
 
 
@@ -100,6 +112,73 @@ def test_a_diverged_run_saves_its_last_finite_adapter_and_says_why_it_stopped(
     assert saved.with_suffix(".state").exists()
 
 
+WRONG_ENCODER = [[torch.zeros(1, 6, 32), {"pooled_output": torch.zeros(1, 32)}]]
+TWO_PROMPTS = [[torch.zeros(2, 6, 64), {"pooled_output": torch.zeros(2, 32)}]]
+
+
+def pairs_with(positive, size=16):
+    """Two good items, and one with this conditioning and a latent of this height."""
+    latents = [{"samples": latent("flux", 1, seed=i)} for i in range(3)]
+    latents[2]["samples"] = latents[2]["samples"][:, :, :size]
+    return pair_items(latents, [conditioning("flux", 0), conditioning("flux", 1), positive])
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"pairs": pairs_with(WRONG_ENCODER)}, "c_crossattn 32 wide.*text encoder that belongs"),
+        ({"pairs": pairs_with(TWO_PROMPTS)}, "its conditioning is a batch of 2"),
+        (
+            {
+                "pairs": pairs_with(conditioning("flux"), size=2),
+                "timesteps": TimestepSampling(
+                    mode="flux_shift", min_timestep=999, preserve_distribution_shape=True
+                ),
+            },
+            "min_timestep 999 to max_timestep 1000 holds",
+        ),
+        (
+            {
+                "plan": dataclasses.replace(SHORT, scale_weight_norms=1.0),
+                "network": NetworkSpec(kind="loha"),
+            },
+            "scale_weight_norms=1.0: works on lora only, not on loha",
+        ),
+        ({"held_out": pairs_with(WRONG_ENCODER), "options": VALIDATING}, "32 wide"),
+    ],
+    ids=["text encoder", "batch of prompts", "range", "norms", "held out"],
+)
+def test_what_cannot_be_trained_is_said_before_the_first_step_and_leaves_no_folder(
+    changes, sentence, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(TrainingRun, "_train_one_step", None)
+    with pytest.raises(ValueError, match=sentence):
+        run("flux", tmp_path, **{"plan": SHORT} | changes)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_latents_and_prompts_that_hold_no_numbers_are_refused_by_their_place(value):
+    good, bad = latent("flux"), latent("flux").fill_(value)
+    with pytest.raises(ValueError, match="latents: item 2 holds NaN or infinite values"):
+        pair_items([{"samples": good}, {"samples": bad}], [conditioning("flux")])
+    broken = [[torch.full((1, 6, 64), value), {}]]
+    with pytest.raises(ValueError, match="positive: item 2 holds NaN"):
+        pair_items([{"samples": good}] * 2, [conditioning("flux"), broken])
+
+
+def test_latents_of_several_streams_are_refused():
+    packed = comfy.nested_tensor.NestedTensor((latent("flux"), latent("flux")))
+    with pytest.raises(ValueError, match="several streams"):
+        pair_items([{"samples": packed}], [conditioning("flux")])
+
+
+def test_a_noise_mask_is_not_used_and_that_is_said(caplog):
+    latents = [{"samples": latent("flux", 2), "noise_mask": torch.zeros(1, 16, 16)}]
+    assert len(pair_items(latents, [conditioning("flux")])) == 2
+    assert "noise mask: it is not used" in caplog.text
+
+
 def changed_pairs(what):
     latents = [{"samples": latent("flux", 1, seed=i)} for i in range(3)]
     positive = [conditioning("flux", i) for i in range(3)]
@@ -172,6 +251,31 @@ def test_files_hold_the_whole_configuration_and_no_path_of_this_machine(tmp_path
         assert metadata["ss_optimizer"] == "torch.optim.adamw.AdamW"
     assert trained.report["folder"] == str(tmp_path / "tiny")
     assert trained.report["compiled"] == "no" and trained.report["seconds_per_step"] > 0
+
+
+OF_MUSUBI = (
+    "session_id training_started_at training_finished_at output_name learning_rate num_train_items "
+    "num_batches_per_epoch num_epochs gradient_checkpointing gradient_accumulation_steps "
+    "gradient_checkpointing_cpu_offload max_train_steps lr_warmup_steps lr_scheduler "
+    "base_model_version network_module network_dim network_alpha network_dropout mixed_precision "
+    "seed training_comment optimizer max_grad_norm fp8_base full_fp16 full_bf16 weighting_scheme "
+    "logit_mean logit_std mode_scale guidance_scale timestep_sampling sigmoid_scale "
+    "discrete_flow_shift datasets steps epoch"
+).split()
+"""What musubi-tuner 30c658c writes into every adapter, without the `ss_`."""
+
+
+def test_files_hold_every_field_that_musubi_writes_and_the_name_of_the_base_file(tmp_path):
+    with torch.inference_mode():
+        plain = train_lora(build("flux"), training("flux", tmp_path, plan=SHORT), silent)
+        loaded = train_lora(load_playground_model(), training("flux", tmp_path, plan=SHORT), silent)
+        fp8 = train_lora(build_fp8("flux"), training("flux", tmp_path, plan=SHORT), silent)
+    assert {f"ss_{name}" for name in OF_MUSUBI} <= set(plain.lora.metadata)
+    assert plain.lora.metadata["ss_fp8_base"] == "False"
+    assert fp8.lora.metadata["ss_fp8_base"] == "True"
+    assert "ss_sd_model_name" not in plain.lora.metadata
+    assert loaded.lora.metadata["ss_sd_model_name"] == WEIGHTS.name
+    assert plain.lora.metadata["ss_session_id"] != loaded.lora.metadata["ss_session_id"]
 
 
 def test_nothing_is_said_where_nothing_happened(tmp_path, caplog):

@@ -115,6 +115,23 @@ def test_a_pattern_must_match_the_whole_name_and_the_warning_says_so():
     )
 
 
+@pytest.mark.parametrize(
+    "settings, sentence",
+    [
+        ("network_type=loha loraplus_lr_ratio=4", "loraplus_lr_ratio=4.0 has no effect on a loha"),
+        ("factor=8", "factor=8 has no effect on a lora: it is of lokr"),
+        ("conv_alpha=2", "conv_alpha=2.0 has no effect without conv_dim"),
+    ],
+)
+def test_a_setting_that_does_nothing_is_a_warning(settings, sentence):
+    report = select_targets(skeleton(FLUX), parse_network_args(settings), DEFAULT)
+    (warning,) = report.warnings
+    assert warning.startswith(sentence)
+    assert f"warning: {warning}" in report_text(report)
+    used = "network_type=lokr factor=8 conv_dim=4 conv_alpha=2"
+    assert not select_targets(skeleton(FLUX), parse_network_args(used), DEFAULT).warnings
+
+
 def test_counts_are_given_for_every_pattern():
     report = select(exclude=(r".*\.\d{2}\..*",), include=(r".*\.10\.img_attn\.qkv",))
     assert [(c.origin, c.matches) for c in report.patterns] == [

@@ -20,6 +20,17 @@ MUSUBI_EPSILON = 1e-7
 SHARED = [name for name, case in CASES.items() if "mapped_from_uniform" in case]
 SHARED.remove("inverted 800-200 no preserve (no validation)")
 OPPOSITE_ENDS = ["sigma 0-500", "sigma 0-500 preserve (ignored)"]
+BELLS = [
+    name
+    for name in SHARED
+    if "min_timestep" not in CASES[name]["args"]
+    and CASES[name]["args"]["timestep_sampling"] not in ("uniform", "ideogram4_shift")
+]
+"""Whole logit-normals that musubi does not clamp."""
+MUSUBI_SHARES = {
+    "qinglong_flux": dict(mid_ratio=0.79, logsnr_ratio=0.11, logsnr2_ratio=0.10),
+    "qinglong_qwen": dict(mid_ratio=0.95, logsnr_ratio=0.0, logsnr2_ratio=0.05),
+}
 STATISTICS = [name for name in CASES if "inverted" not in name and name not in OPPOSITE_ENDS]
 
 
@@ -44,9 +55,7 @@ def test_explicit_uniforms_map_to_musubi_t_to_1e_6(name):
     assert (ours - theirs)[inner].abs().max() < 1e-6
 
 
-@pytest.mark.parametrize(
-    "name", [n for n in SHARED if "preserve" not in n and not n.startswith("uniform")]
-)
+@pytest.mark.parametrize("name", BELLS)
 def test_tails_differ_from_musubi_only_by_its_float32_erfinv(name):
     """Rule: float64 throughout and no clamp. musubi stops at u = 1e-7 and its float32 erfinv is up
     to 0.06 standard deviations off there; ours is exact and reaches 0 and 1."""
@@ -60,24 +69,32 @@ def test_tails_differ_from_musubi_only_by_its_float32_erfinv(name):
     assert ((ours.logit() - theirs.logit()) / law.std).abs().max() < 0.06
 
 
+@pytest.mark.parametrize("pixels", [512, 1024, 2048])
+def test_what_musubi_clamps_of_ideogram4_shift_is_next_to_nothing(pixels):
+    """Rule: no clamp, so that the law is a logit-normal. musubi moves what lies beyond log-SNR 15
+    and -18 to these ends."""
+    law = TimestepSampling(mode="ideogram4_shift").distribution(pixels // 16, pixels // 16)
+    ends = [1.0 / (1.0 + math.exp(0.5 * snr)) for snr in (15.0, -18.0)]
+    assert law.mass(0.0, ends[0]) + law.mass(ends[1], 1.0) < 1e-5
+
+
 @pytest.mark.parametrize("name", STATISTICS)
 def test_mean_std_and_deciles_agree_within_sampling_error(name):
-    """Rule for qinglong: our shares are the document's; musubi's newer 79/11/10 are given here.
+    """Rule for qinglong: our shares are the document's; musubi's newer ones are given here.
     Rule for sigma: our t is continuous, musubi's is the upper end of a 1/1000 step."""
     case = CASES[name]
-    shares = (
-        dict(mid_ratio=0.79, logsnr_ratio=0.11, logsnr2_ratio=0.10) if "qinglong" in name else {}
-    )
+    shares = MUSUBI_SHARES.get(case["args"]["timestep_sampling"], {})
+    draws = case.get("draws", 100_000)
     step = 0.0005 if name.startswith("sigma") else 0.0
     law = sampling(case, **shares).distribution(*case["latent_hw"])
     u = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
     t = law.from_uniform(u) + step
-    stats, error = case["stats"], t.std().item() / math.sqrt(100_000)
+    stats, error = case["stats"], t.std().item() / math.sqrt(draws)
     assert abs(t.mean().item() - stats["mean"]) < 4.5 * error
     assert abs(t.std().item() - stats["std"]) < 4.5 * error
     deciles = torch.tensor(stats["deciles_10_to_90"], dtype=torch.float64) - step
     tenths = torch.arange(1, 10, dtype=torch.float64) / 10
-    assert (law.cdf(deciles) - tenths).abs().max() < 4.5 * math.sqrt(0.25 / 100_000) + step
+    assert (law.cdf(deciles) - tenths).abs().max() < 4.5 * math.sqrt(0.25 / draws) + step
 
 
 @pytest.mark.parametrize("name", OPPOSITE_ENDS)
