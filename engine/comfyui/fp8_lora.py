@@ -9,7 +9,12 @@ float32, for the price of the low-rank product.
 import comfy.lora
 import comfy.utils
 import torch
-from comfy.model_patcher import LowVramPatch, ModelPatcher
+from comfy.model_patcher import (
+    LazyCastingParamPiece,
+    LazyCastingQuantizedParam,
+    LowVramPatch,
+    ModelPatcher,
+)
 from comfy.patcher_extension import CallbacksMP
 from torch import Tensor, nn
 
@@ -36,10 +41,32 @@ class PatchOnTheFly:
         return patched.to(weight.dtype)
 
 
+class Fp8ModelPatcher(ModelPatcher):
+    """A ModelPatcher that saves with their patches the weights that are patched on the fly."""
+
+    def model_state_dict_for_saving(
+        self, model: nn.Module | None = None, prefix: str = ""
+    ) -> dict[str, Tensor]:
+        """As ComfyUI's, which takes the weight of a loaded module for patched already.
+
+        The patches are rounded into FP8 as ComfyUI rounds them, each when its tensor is written.
+        """
+        saved = super().model_state_dict_for_saving(model, prefix)
+        for name, module in (model or self.model).named_modules():
+            if not any(isinstance(f, PatchOnTheFly) for f in _weight_functions(module)):
+                continue
+            weight = LazyCastingQuantizedParam(self, f"{prefix}{name}.weight")
+            for key, tensor in module.weight.state_dict(f"{name}.weight").items():
+                saved[key] = LazyCastingParamPiece(weight, prefix + key, tensor)
+        return saved
+
+
 def apply_patches_on_the_fly(patcher: ModelPatcher) -> None:
     """Register the callbacks on `patcher`; its clones take them over."""
     patcher.add_callback_with_key(CallbacksMP.ON_LOAD, KEY, _after_load)
     patcher.add_callback_with_key(CallbacksMP.ON_DETACH, KEY, _after_detach)
+    if type(patcher) is ModelPatcher:  # one with dynamic memory takes no weight for patched
+        patcher.__class__ = Fp8ModelPatcher
 
 
 def _after_load(patcher: ModelPatcher, device_to: torch.device, *_: object) -> None:
@@ -59,9 +86,12 @@ def _after_detach(patcher: ModelPatcher, unpatched: bool) -> None:
     if not unpatched:
         return  # a clone with the same patches takes the loaded weights over as they are
     for module in patcher.model.modules():
-        functions = module.__dict__.get("weight_function")
-        if functions:
+        if functions := _weight_functions(module):
             module.weight_function = _without_ours(functions)
+
+
+def _weight_functions(module: nn.Module) -> list:
+    return module.__dict__.get("weight_function", [])
 
 
 def _without_ours(functions: list) -> list:

@@ -17,10 +17,10 @@ from comfy.quant_ops import QuantizedTensor
 from comfy.supported_models_base import BASE
 from torch import Tensor, nn
 
-from ..fp8.checkpoint import FP8, Fp8Checkpoint, format_name, recognise
+from ..fp8.checkpoint import Fp8Checkpoint, format_name, recognise, without_prefix
 from ..fp8.policy import Decision, Fp8Policy
 from ..fp8.report import Fp8Report, LayerReport
-from ..fp8.source import TensorSource, map_tensors
+from ..fp8.source import map_tensors
 from ..fp8.stream import Merge, granularity_of, quantized_stream
 from .frozen import is_linear
 from .progress import reported
@@ -74,14 +74,14 @@ def load_fp8(request: Fp8Request, disable_dynamic: bool = False) -> Fp8Model:
 
     A file that is FP8 already is loaded as what it is.
     """
-    source = map_tensors(request.path)
-    tensors = _diffusion_model(source)
-    already = recognise(tensors, source.metadata)
+    whole = map_tensors(request.path)
+    prefix = comfy.model_detection.unet_prefix_from_state_dict(whole.tensors)
+    source = without_prefix(whole, prefix)
+    already = recognise(source.tensors, source.metadata)
     if already is not None:
         ready, report = _as_it_is(already, request)
     else:
-        ready, report = _quantized(tensors, request, source.metadata)
-    del tensors
+        ready, report = _quantized(source.tensors, request, source.metadata)
     patcher = comfy.sd.load_diffusion_model_state_dict(
         ready,
         metadata=dict(source.metadata) if already and not already.scaled else {},
@@ -97,17 +97,6 @@ def load_fp8(request: Fp8Request, disable_dynamic: bool = False) -> Fp8Model:
 def load_fp8_patcher(request: Fp8Request, disable_dynamic: bool = False) -> ModelPatcher:
     """`load_fp8` without the report: how ComfyUI makes an independent copy of the model."""
     return load_fp8(request, disable_dynamic).patcher
-
-
-def _diffusion_model(source: TensorSource) -> dict[str, Tensor]:
-    """The diffusion model's tensors, without the prefix they have in a full checkpoint."""
-    prefix = comfy.model_detection.unet_prefix_from_state_dict(source.tensors)
-    inside = {
-        key.removeprefix(prefix): tensor
-        for key, tensor in source.tensors.items()
-        if key.startswith(prefix)
-    }
-    return inside or dict(source.tensors)
 
 
 def _as_it_is(already: Fp8Checkpoint, request: Fp8Request) -> tuple[dict[str, Tensor], Fp8Report]:
@@ -246,9 +235,7 @@ def _use_fine_scales(patcher: ModelPatcher) -> None:
     fine = False
     for name, module in patcher.model.diffusion_model.named_modules():
         weight = module._parameters.get("weight")
-        if not isinstance(weight, QuantizedTensor) or weight._qdata.dtype not in FP8:
-            continue
-        if weight._params.scale.numel() == 1 or not weight._layout_cls.startswith("TensorCoreFP8"):
+        if not _has_finer_scale_than_its_layout(weight):
             continue
         if not is_linear(module):
             raise ValueError(f"{name} is not a Linear layer: add it to exclude_patterns")
@@ -259,6 +246,15 @@ def _use_fine_scales(patcher: ModelPatcher) -> None:
         fine = True
     if fine:
         apply_patches_on_the_fly(patcher)
+
+
+def _has_finer_scale_than_its_layout(weight: object) -> bool:
+    return (
+        isinstance(weight, QuantizedTensor)
+        and weight._layout_cls.startswith("TensorCoreFP8")
+        and weight._qdata.ndim == 2  # ComfyUI's banks of experts have a scale each
+        and weight._params.scale.numel() > 1
+    )
 
 
 def _unknown(path: Path) -> str:

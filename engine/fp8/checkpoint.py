@@ -6,6 +6,7 @@ dequantise; 0-d, [out, 1] or [out, blocks, 1]) and `<layer>.comfy_quant` the JSO
 scales right; a file with finer ones names a format of ours, which ComfyUI refuses by that name.
 """
 
+import dataclasses
 import json
 import struct
 from collections.abc import Mapping
@@ -16,12 +17,16 @@ import torch
 from torch import Tensor
 
 from ..files import replaced_when_whole
-from .source import DTYPES
+from .source import DTYPES, TensorSource
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 BRAID = "braid_"
 QUANTIZATION_METADATA = "_quantization_metadata"
 LEGACY_MARKER = "scaled_fp8"
+FULL_PRECISION = "full_precision_matrix_mult"
+"""Of a layer: dequantise it before it is multiplied, whatever the card can do."""
+Marker = Mapping[str, object]
+"""What a file says of one layer: `format`, and settings of it."""
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 PLAIN_NOTE = "a plain FP8 cast without scales: loaded as it is, it cannot be made better"
 
@@ -50,23 +55,24 @@ def format_name(dtype: torch.dtype, scale: Tensor) -> str:
     return f"{BRAID}{core_format(dtype)}_{granularity}"
 
 
-def comfy_quant(format_: str) -> Tensor:
+def comfy_quant(format: str, **settings: object) -> Tensor:
     """The marker tensor of one layer."""
-    return torch.tensor(list(json.dumps({"format": format_}).encode()), dtype=torch.uint8)
+    marker = {"format": format, **settings}
+    return torch.tensor(list(json.dumps(marker).encode()), dtype=torch.uint8)
 
 
 def recognise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Fp8Checkpoint | None:
     """The file in the one form; None when it is not quantised; ValueError when it is unreadable."""
-    formats = _formats(tensors, metadata)
+    markers = _markers(tensors, metadata)
     codes = {
         key.removesuffix(".weight"): tensor
         for key, tensor in tensors.items()
         if key.endswith(".weight") and tensor.dtype in FP8
     }
-    if foreign := {f for f in formats.values() if f not in _READABLE}:
+    if foreign := {m["format"] for m in markers.values() if not _readable(m)}:
         return _foreign(tensors, foreign)
     scales = {layer: scale for layer in codes if (scale := _scale_of(tensors, layer)) is not None}
-    if not codes and not formats:
+    if not codes and not markers:
         return None
     if not scales:
         return Fp8Checkpoint(origin=PLAIN_NOTE, tensors=dict(tensors), scaled=())
@@ -78,30 +84,33 @@ def recognise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Fp8
     for layer, scale in scales.items():
         _check_shape(layer, codes[layer], scale)
     return Fp8Checkpoint(
-        origin=_origin(tensors, formats, scales),
-        tensors=_one_form(tensors, codes, scales),
+        origin=_origin(tensors, markers, scales),
+        tensors=_one_form(tensors, codes, scales, markers),
         scaled=tuple(scales),
     )
 
 
-_READABLE = {core_format(dtype) for dtype in FP8} | {
+_FORMATS = {core_format(dtype) for dtype in FP8} | {
     f"{BRAID}{core_format(dtype)}_{granularity}"
     for dtype in FP8
     for granularity in ("channel", "block")
 }
 
 
-def _formats(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
-    """layer -> format, from the marker tensors or the header."""
-    formats = {}
+def _readable(marker: Marker) -> bool:
+    """Whether it says nothing that only ComfyUI knows how to read (`num_experts`, …)."""
+    return marker["format"] in _FORMATS and set(marker) <= {"format", FULL_PRECISION}
+
+
+def _markers(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Marker]:
+    """layer -> what the header or its marker tensor says of it."""
+    markers: dict[str, Marker] = {}
     if QUANTIZATION_METADATA in metadata:
-        for layer, entry in json.loads(metadata[QUANTIZATION_METADATA])["layers"].items():
-            formats[layer] = entry["format"]
+        markers.update(json.loads(metadata[QUANTIZATION_METADATA])["layers"])
     for key, tensor in tensors.items():
         if key.endswith(".comfy_quant"):
-            entry = json.loads(bytes(tensor.tolist()))
-            formats[key.removesuffix(".comfy_quant")] = entry["format"]
-    return formats
+            markers[key.removesuffix(".comfy_quant")] = json.loads(bytes(tensor.tolist()))
+    return markers
 
 
 def _foreign(tensors: Mapping[str, Tensor], formats: set[str]) -> Fp8Checkpoint:
@@ -121,9 +130,32 @@ def _scale_of(tensors: Mapping[str, Tensor], layer: str) -> Tensor | None:
     return None
 
 
+def without_prefix(source: TensorSource, prefix: str) -> TensorSource:
+    """What a full checkpoint holds under `prefix`, by its own names; all where it holds nothing."""
+    tensors = {
+        key.removeprefix(prefix): tensor
+        for key, tensor in source.tensors.items()
+        if key.startswith(prefix)
+    }
+    if not tensors:
+        return source
+    metadata = dict(source.metadata)
+    if QUANTIZATION_METADATA in metadata:
+        header = json.loads(metadata[QUANTIZATION_METADATA])
+        layers = {name.removeprefix(prefix): marker for name, marker in header["layers"].items()}
+        metadata[QUANTIZATION_METADATA] = json.dumps({**header, "layers": layers})
+    return dataclasses.replace(source, tensors=tensors, metadata=metadata)
+
+
 def _check_shape(layer: str, codes: Tensor, scale: Tensor) -> None:
-    out, width = codes.shape[0], codes.shape[-1]
-    per_block = scale.ndim == 3 and scale.shape[0] == out and width % scale.shape[1] == 0
+    if codes.ndim != 2:
+        raise ValueError(
+            f"{layer}: scaled FP8 on a weight of shape {list(codes.shape)}; ComfyUI holds Linear "
+            "weights [out, in] so and no others: quantise the bf16 file instead"
+        )
+    out, width = codes.shape
+    blocks = scale.shape[1] if scale.ndim == 3 else 0
+    per_block = blocks > 0 and width % blocks == 0 and tuple(scale.shape) == (out, blocks, 1)
     if not (scale.numel() == 1 or tuple(scale.shape) in ((out,), (out, 1)) or per_block):
         raise ValueError(
             f"{layer}: a scale of shape {list(scale.shape)} on a weight of {list(codes.shape)} is "
@@ -133,19 +165,23 @@ def _check_shape(layer: str, codes: Tensor, scale: Tensor) -> None:
 
 
 def _origin(
-    tensors: Mapping[str, Tensor], formats: Mapping[str, str], scales: Mapping[str, Tensor]
+    tensors: Mapping[str, Tensor], markers: Mapping[str, Marker], scales: Mapping[str, Tensor]
 ) -> str:
-    if any(f.startswith(BRAID) for f in formats.values()):
+    if any(marker["format"].startswith(BRAID) for marker in markers.values()):
         return "saved by Braid"
-    if formats or LEGACY_MARKER in tensors:
+    if markers or LEGACY_MARKER in tensors:
         return "ComfyUI's scaled FP8"
     fine = any(scale.numel() > 1 for scale in scales.values())
     return f"musubi-tuner's {'block- or channel-wise' if fine else 'per-tensor'} FP8"
 
 
 def _one_form(
-    tensors: Mapping[str, Tensor], codes: Mapping[str, Tensor], scales: Mapping[str, Tensor]
+    tensors: Mapping[str, Tensor],
+    codes: Mapping[str, Tensor],
+    scales: Mapping[str, Tensor],
+    markers: Mapping[str, Marker],
 ) -> dict[str, Tensor]:
+    unmarked = _legacy_marker(tensors.get(LEGACY_MARKER))
     form = {
         key: tensor
         for key, tensor in tensors.items()
@@ -159,8 +195,14 @@ def _one_form(
         out = codes[layer].shape[0]
         shape = () if scale.numel() == 1 else (out, 1) if scale.ndim < 3 else tuple(scale.shape)
         form[f"{layer}.weight_scale"] = scale.to(torch.float32).reshape(shape)
-        form[f"{layer}.comfy_quant"] = comfy_quant(core_format(codes[layer].dtype))
+        marker = {**markers.get(layer, unmarked), "format": core_format(codes[layer].dtype)}
+        form[f"{layer}.comfy_quant"] = comfy_quant(**marker)
     return form
+
+
+def _legacy_marker(marker: Tensor | None) -> Marker:
+    """What ComfyUI's older `scaled_fp8` tensor says of every layer: with two elements, this."""
+    return {FULL_PRECISION: True} if marker is not None and marker.numel() == 2 else {}
 
 
 def write_streamed(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -49,7 +49,9 @@ PRESETS: dict[str, LayerPatterns] = {
         include=(r"^(double|single)_blocks\.",), exclude=(r"_mod\.lin$", r"\.modulation\.lin$")
     ),
     "hunyuan_video_1.5": LayerPatterns(include=(r"^double_blocks\.",)),
-    "kandinsky5": LayerPatterns(include=(r"^(visual|text)_transformer_blocks\.", r"^out_layer\.")),
+    "kandinsky5": LayerPatterns(
+        include=(r"^(visual|text)_transformer_blocks\.", r"^(time_embeddings\.)?out_layer")
+    ),
     "hidream_o1": LayerPatterns(
         include=(
             r"^language_model\.layers\.",

@@ -5,8 +5,6 @@ A weight [out, in] is cut into groups that share one scale: a row, a block of a 
 the codes do not depend on how many rows are handed in at a time.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -18,12 +16,22 @@ MUSUBI_SMALLEST_SCALE = 1e-8
 SEARCHED_MULTIPLES = tuple(2.0 ** (k / 16) for k in range(-6, 15))
 
 
+def not_finite(values: Tensor) -> FloatingPointError:
+    """The error that counts the NaN and Inf in `values`."""
+    return FloatingPointError(f"{(~torch.isfinite(values)).sum().item()} values are NaN or Inf")
+
+
+def require_finite(values: Tensor) -> None:
+    """FloatingPointError when a value is NaN or Inf."""
+    if not all(torch.isfinite(extreme) for extreme in torch.aminmax(values)):
+        raise not_finite(values)
+
+
 def finite_amax(grouped: Tensor) -> Tensor:
     """Largest magnitude of each group [..., size] -> [..., 1]; FloatingPointError on NaN or Inf."""
     amax = grouped.abs().amax(-1, keepdim=True)
     if not torch.isfinite(amax).all():
-        bad = (~torch.isfinite(grouped)).sum().item()
-        raise FloatingPointError(f"{bad} values are NaN or Inf")
+        raise not_finite(grouped)
     return amax
 
 
@@ -51,30 +59,31 @@ def codes_of(grouped: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return (grouped / scale).clamp_(-largest, largest).to(dtype)
 
 
-def candidate_scales(scale: Tensor) -> Iterator[Tensor]:
-    """21 scales around `scale`, over just more than one octave.
+def squared_error(unit: Tensor, multiple: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sum over each group of (unit - code * multiple)²: [..., size] -> [..., 1].
 
-    A float's relative error repeats with every octave of the scale: only the alignment of its
-    mantissa, the clipping and the subnormals are to be chosen.
+    `unit` is the weight over its amax scale and `multiple` the scale tried over that scale: with
+    both near 1 no square overflows or vanishes, whatever the size of the weight.
     """
-    for multiple in SEARCHED_MULTIPLES:
-        yield (scale * multiple).clamp(min=SMALLEST_SCALE)
-
-
-def squared_error(grouped: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-    """Sum over each group of (weight - code * scale)²: [..., size] -> [..., 1]."""
-    return (decode(codes, torch.float32).mul_(scale) - grouped).square_().sum(-1, keepdim=True)
+    codes = codes_of(unit, multiple, dtype)
+    return (decode(codes, torch.float32).mul_(multiple) - unit).square_().sum(-1, keepdim=True)
 
 
 def least_squares_scale(grouped: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The candidate with the least squared error, for each group by itself."""
-    best_scale, best_error = scale, torch.full_like(scale, torch.inf)
-    for candidate in candidate_scales(scale):
-        error = squared_error(grouped, codes_of(grouped, candidate, dtype), candidate)
+    """Of 21 scales around `scale` the one with the least squared error, for each group by itself.
+
+    They span just more than one octave. A float's relative error repeats with every octave of the
+    scale: only the alignment of its mantissa, the clipping and the subnormals are to be chosen.
+    """
+    unit = grouped / scale
+    best, best_error = torch.ones_like(scale), torch.full_like(scale, torch.inf)
+    for number in SEARCHED_MULTIPLES:
+        multiple = torch.full_like(scale, number)
+        error = squared_error(unit, multiple, dtype)
         better = error < best_error
-        best_scale = torch.where(better, candidate, best_scale)
+        best = torch.where(better, multiple, best)
         best_error = torch.where(better, error, best_error)
-    return best_scale
+    return (scale * best).clamp(min=SMALLEST_SCALE)
 
 
 def quantize_rows(rows: Tensor, policy: Fp8Policy, group_size: int) -> tuple[Tensor, Tensor]:
@@ -118,11 +127,11 @@ def tensor_scale(weight: Tensor, policy: Fp8Policy, device: torch.device) -> Ten
         return scale
     if policy.scale_search == "amax":
         return round_up_to_bfloat16(scale)
-    candidates = round_up_to_bfloat16(torch.stack(list(candidate_scales(scale))))
+    tried = scale * torch.tensor(SEARCHED_MULTIPLES, device=device)
+    candidates = round_up_to_bfloat16(tried.clamp(min=SMALLEST_SCALE))
     errors = torch.zeros(len(candidates), dtype=torch.float64, device=device)
     for chunk in chunks:
-        values = rows(chunk)
-        for index, candidate in enumerate(candidates):
-            codes = codes_of(values, candidate, policy.dtype)
-            errors[index] += squared_error(values, codes, candidate).sum(dtype=torch.float64)
+        unit = rows(chunk) / scale
+        for index, multiple in enumerate(candidates / scale):
+            errors[index] += squared_error(unit, multiple, policy.dtype).sum(dtype=torch.float64)
     return candidates[errors.argmin()]

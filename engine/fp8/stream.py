@@ -9,7 +9,7 @@ from torch import Tensor
 from .checkpoint import comfy_quant, core_format
 from .dequantize import dequantize, row_chunks
 from .policy import Decision, Fp8Policy
-from .quantize import quantize_rows, quantize_rows_by, tensor_scale
+from .quantize import quantize_rows, quantize_rows_by, require_finite, tensor_scale
 from .report import LayerReport
 
 MEASURED_CHUNKS = 8
@@ -60,15 +60,19 @@ def quantize_weight(weight: Tensor, policy: Fp8Policy, device: torch.device) -> 
         codes[rows] = chunk
         if index % MEASURED_CHUNKS == 0:
             exact = values.to(torch.float32)
-            difference = dequantize(chunk, scale, torch.float32).sub_(exact)
-            error += float(difference.square_().sum(dtype=torch.float64))
-            power += float(exact.square().sum(dtype=torch.float64))
+            error += _power(dequantize(chunk, scale, torch.float32).sub_(exact))
+            power += _power(exact)
     scale = scales[0].cpu() if group_size is None else torch.cat(scales)
     if group_size == weight.shape[1]:
         scale = scale.view(-1, 1)
     return QuantizedWeight(
         codes=codes, scale=scale, relative_rms=(error / power) ** 0.5 if power else 0.0
     )
+
+
+def _power(values: Tensor) -> float:
+    """Sum of squares, in double precision."""
+    return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
 
 
 def quantized_stream(
@@ -80,28 +84,30 @@ def quantized_stream(
 ) -> Iterator[Streamed]:
     """Yield every tensor of `tensors`, the Linear weights that `decisions` names quantised.
 
-    `decisions` is keyed like `tensors` and holds Linear weights only. ValueError names a tensor
-    that holds NaN or Inf.
+    `decisions` is keyed like `tensors` and holds Linear weights only. ValueError names the Linear
+    weight, quantised or kept, that holds NaN or Inf.
     """
     for key, tensor in tensors.items():
         merged = tensor if merge is None else merge(key, tensor)
         decision = decisions.get(key)
-        if decision is None or not decision.quantize:
-            yield _kept(key, tensor, merged, decision)
-            continue
         try:
-            quantized = quantize_weight(merged, policy, device)
+            if decision is not None and decision.quantize:
+                quantized = quantize_weight(merged, policy, device)
+                streamed = _quantized(key, tensor, quantized, decision)
+            else:
+                streamed = _kept(key, tensor, merged, decision)
         except FloatingPointError as error:
             raise ValueError(
                 f"{key}: {error}; the source file is damaged, download or save it again"
             ) from error
-        yield _quantized(key, tensor, quantized, decision)
+        yield streamed
 
 
 def _kept(key: str, tensor: Tensor, merged: Tensor, decision: Decision | None) -> Streamed:
     kept = tensor if merged is tensor else merged.to(tensor.dtype)
     layer = None
     if decision is not None:
+        require_finite(kept)
         layer = LayerReport(
             name=key.removesuffix(".weight"),
             shape=tuple(tensor.shape),

@@ -73,7 +73,7 @@ def test_patching_on_the_fly_is_nearer_to_bf16_than_requantising(flux_file):
 
 
 def test_requantising_keeps_a_weak_lora_on_average(flux_file):
-    """What hooks and dynamic memory management do: unbiased, if noisier."""
+    """What dynamic memory management and ComfyUI's save nodes do: unbiased, if noisier."""
     linear = load(flux_file).patcher.model.diffusion_model.get_submodule(LAYER)
     dense = linear.weight.dequantize()
     change = torch.randn(dense.shape, generator=torch.Generator().manual_seed(0)) * 5e-4
@@ -155,6 +155,68 @@ def test_a_lora_merged_before_quantising_comes_out_as_on_bf16(
     assert "merged at" in merged.report.notes[1] and "into 2 tensors" in merged.report.notes[1]
     assert distance(sample(base.patcher), exact) > 2 * quantising
     assert distance(sample(merged.patcher), exact) < 1.2 * quantising
+
+
+QKV = "transformer.transformer_blocks.1.attn"
+
+
+def drawn(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))) * 0.3
+
+
+ADAPTERS = {
+    "loha": {
+        f"diffusion_model.{LAYER}.hada_w1_a": drawn(128, 4),
+        f"diffusion_model.{LAYER}.hada_w1_b": drawn(4, 128),
+        f"diffusion_model.{LAYER}.hada_w2_a": drawn(128, 4) * 8,
+        f"diffusion_model.{LAYER}.hada_w2_b": drawn(4, 128),
+    },
+    "lokr": {
+        f"diffusion_model.{LAYER}.lokr_w1": drawn(8, 8),
+        f"diffusion_model.{LAYER}.lokr_w2": drawn(16, 16),
+    },
+    "dora": {
+        f"diffusion_model.{LAYER}.lora_A.weight": drawn(4, 128),
+        f"diffusion_model.{LAYER}.lora_B.weight": drawn(128, 4),
+        f"diffusion_model.{LAYER}.dora_scale": torch.full((1, 128), 1.5),
+    },
+    "a whole difference, and one of the bias": {
+        f"diffusion_model.{LAYER}.diff": drawn(128, 128) * 0.3,
+        f"diffusion_model.{LAYER}.diff_b": drawn(128),
+    },
+    "a layer that is kept": {
+        "diffusion_model.double_blocks.0.img_mod.lin.lora_A.weight": drawn(4, 128),
+        "diffusion_model.double_blocks.0.img_mod.lin.lora_B.weight": drawn(768, 4),
+    },
+    "query, key and value of one weight": {
+        f"{QKV}.{name}.lora_{side}.weight": drawn(*shape) * 4
+        for name in ("add_q_proj", "add_k_proj", "add_v_proj")
+        for side, shape in (("A", (4, 128)), ("B", (128, 4)))
+    },
+}
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_every_kind_of_adapter_has_its_effect_on_top_and_merged(adapter, flux_file, tmp_path):
+    lora = ADAPTERS[adapter]
+    save_file(lora, tmp_path / "adapter.safetensors")
+    exact, model = reference(flux_file), load(flux_file).patcher
+    bf16, bf16_lora, fp8 = sample(exact), sample(with_lora(exact, lora)), sample(model)
+    assert distance(bf16_lora, bf16) > 5e-4
+    on_top = sample(with_lora(model, lora))
+    assert effect_kept(fp8, on_top, bf16, bf16_lora) == pytest.approx(1, abs=0.03)
+    merged = sample(load(flux_file, lora=tmp_path / "adapter.safetensors").patcher)
+    assert effect_kept(fp8, merged, bf16, bf16_lora) == pytest.approx(1, abs=0.1)
+
+
+def test_stacked_loras_add_up_and_come_off(flux_file):
+    exact, model = reference(flux_file), load(flux_file).patcher
+    before = sample(model)
+    one, two = lora_state_dict("comfyui", size=6.0), lora_state_dict("kohya", size=6.0, seed=8)
+    stacked = with_lora(with_lora(model, one, 0.5), two, 1.5)
+    expected = sample(with_lora(with_lora(exact, one, 0.5), two, 1.5))
+    assert distance(sample(stacked), expected) < 1.1 * distance(before, sample(exact))
+    assert torch.equal(sample(model), before)
 
 
 def test_a_merge_changes_only_the_layers_of_the_lora(flux_file, tmp_path):

@@ -1,5 +1,6 @@
 import json
 
+import comfy.model_management
 import comfy.sd
 import pytest
 import torch
@@ -74,6 +75,27 @@ def test_comfyuis_own_save_node_writes_a_file_that_stock_refuses_and_we_load(flu
     with pytest.raises(KeyError, match="braid_float8_e4m3fn_block"):
         reference(path)
     assert same_latent(sample(load(path)), sample(model))
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "block"])
+def test_comfyuis_own_save_node_saves_the_lora_with_the_model(
+    granularity, loaded, flux_file, tmp_path
+):
+    model = load(flux_file, granularity)
+    before = sample(model)
+    with torch.inference_mode():
+        lora = lora_state_dict("comfyui", size=12.0)
+        patched = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0)[0].clone()
+    changed = sample(patched)
+    with torch.inference_mode():
+        if not loaded:
+            comfy.model_management.unload_all_models()
+        comfy.sd.save_checkpoint(str(tmp_path / "core.safetensors"), patched)
+    saved = sample(load(tmp_path / "core.safetensors"))
+    effect = (saved - before).mul(changed - before).sum() / (changed - before).square().sum()
+    assert float(effect) == pytest.approx(1, abs=0.05)
+    assert torch.equal(sample(model), before) and torch.equal(sample(patched), changed)
 
 
 def test_a_model_with_a_lora_is_refused(flux_file, tmp_path):

@@ -5,7 +5,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from comfyui_braid.engine.files import read_header
-from comfyui_braid.engine.fp8.checkpoint import comfy_quant, recognise, write_streamed
+from comfyui_braid.engine.fp8.checkpoint import (
+    comfy_quant,
+    recognise,
+    without_prefix,
+    write_streamed,
+)
 from comfyui_braid.engine.fp8.policy import Decision, Fp8Policy
 from comfyui_braid.engine.fp8.source import map_tensors
 from comfyui_braid.engine.fp8.stream import quantized_stream
@@ -95,6 +100,13 @@ def test_a_tensor_with_nan_is_named():
         list(quantized_stream(tensors, decisions, Fp8Policy(), CPU))
 
 
+def test_a_kept_linear_with_nan_is_named_too():
+    tensors = weights(**{"head.weight": torch.full((4, 8), torch.nan)})
+    decisions = {"head.weight": Decision(quantize=False, reason="kept")}
+    with pytest.raises(ValueError, match=r"head\.weight: 32 values are NaN or Inf"):
+        list(quantized_stream(tensors, decisions, Fp8Policy(), CPU))
+
+
 def codes():
     return torch.randn(8, 128).to(FP8)
 
@@ -162,12 +174,72 @@ def test_a_newer_braid_format_is_refused():
         recognise(tensors, {})
 
 
-def test_a_two_dimensional_block_scale_is_refused_and_the_layer_named():
+@pytest.mark.parametrize("shape", [(2, 4), (8, 2, 4), (8, 0, 1), (8, 3, 1), (128,), (1, 128)])
+def test_a_scale_of_another_shape_is_refused_and_the_layer_named(shape):
     tensors = weights()
     tensors["blocks.0.q.weight"] = codes()
-    tensors["blocks.0.q.weight_scale"] = torch.rand(2, 4)
-    with pytest.raises(ValueError, match=r"blocks\.0\.q: a scale of shape \[2, 4\]"):
+    tensors["blocks.0.q.weight_scale"] = torch.rand(shape)
+    with pytest.raises(ValueError, match=rf"blocks\.0\.q: a scale of shape \[{shape[0]}"):
         recognise(tensors, {})
+
+
+@pytest.mark.parametrize("shape", [(8,), (8, 4, 3, 3)])
+def test_scaled_fp8_that_is_no_linear_weight_is_refused(shape):
+    tensors = {"conv.weight": torch.randn(shape).to(FP8), "conv.weight_scale": torch.tensor(0.5)}
+    with pytest.raises(ValueError, match=r"conv: scaled FP8 on a weight of shape \[8"):
+        recognise(tensors, {})
+
+
+def marker_of(found, layer="blocks.0.q"):
+    return json.loads(bytes(found.tensors[f"{layer}.comfy_quant"].tolist()))
+
+
+@pytest.mark.parametrize("elements", [0, 1, 2])
+def test_comfyuis_older_marker_keeps_its_setting(elements):
+    tensors = weights(scaled_fp8=torch.zeros(elements, dtype=FP8))
+    tensors["blocks.0.q.weight"] = codes()
+    tensors["blocks.0.q.scale_weight"] = torch.tensor(0.5)
+    marker = marker_of(recognise(tensors, {}))
+    assert marker.get("full_precision_matrix_mult", False) == (elements == 2)
+
+
+def test_a_layers_own_setting_is_kept():
+    tensors = weights()
+    tensors["blocks.0.q.weight"] = codes()
+    tensors["blocks.0.q.weight_scale"] = torch.rand(8, 1)
+    setting = {"full_precision_matrix_mult": True}
+    tensors["blocks.0.q.comfy_quant"] = comfy_quant("braid_float8_e4m3fn_channel", **setting)
+    assert marker_of(recognise(tensors, {})) == {"format": "float8_e4m3fn", **setting}
+
+
+def test_a_bank_of_experts_is_left_to_comfyui_as_it_is():
+    tensors = weights(**{"experts.comfy_quant": comfy_quant("float8_e4m3fn", num_experts=4)})
+    tensors["experts.weight"] = torch.randn(4, 8, 128).to(FP8)
+    tensors["experts.weight_scale"] = torch.rand(4)
+    found = recognise(tensors, {})
+    assert "left to ComfyUI" in found.origin and found.scaled == ()
+    assert all(found.tensors[key] is tensor for key, tensor in tensors.items())
+
+
+def test_a_full_checkpoint_loses_its_prefix_in_the_header_too(tmp_path):
+    header = {"layers": {"model.diffusion_model.blocks.0.q": {"format": "float8_e4m3fn"}}}
+    tensors = {f"model.diffusion_model.{key}": tensor for key, tensor in weights().items()}
+    save_file(
+        {**tensors, "vae.weight": torch.ones(2)},
+        tmp_path / "all.safetensors",
+        {"_quantization_metadata": json.dumps(header), "note": "kept"},
+    )
+    source = without_prefix(map_tensors(tmp_path / "all.safetensors"), "model.diffusion_model.")
+    assert set(source.tensors) == set(weights()) and source.metadata["note"] == "kept"
+    layers = json.loads(source.metadata["_quantization_metadata"])["layers"]
+    assert layers == {"blocks.0.q": {"format": "float8_e4m3fn"}}
+    assert without_prefix(source, "model.diffusion_model.") is source
+
+
+def test_scales_of_powers_of_two_can_be_read(tmp_path):
+    scales = torch.tensor([1.0, 2.0]).to(torch.float8_e8m0fnu)
+    save_file({"scale": scales}, tmp_path / "mx.safetensors")
+    assert map_tensors(tmp_path / "mx.safetensors").tensors["scale"].dtype == scales.dtype
 
 
 def test_a_missing_scale_among_scaled_layers_is_refused():

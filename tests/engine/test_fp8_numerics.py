@@ -182,3 +182,18 @@ def test_the_reported_error_is_the_real_one():
     weight = families()["gaussian"]
     made = quantize_weight(weight, Fp8Policy(), CPU)
     assert made.relative_rms == pytest.approx(relative_error(weight, Fp8Policy()), rel=1e-4)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-18, 1e18, 3e36])
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "block"])
+def test_the_scale_search_and_the_reported_error_hold_for_weights_of_any_size(size, granularity):
+    weight = families()["gaussian"][:32] * (size / 0.02)
+
+    def error(search):
+        made = quantize_weight(weight, Fp8Policy(granularity=granularity, scale_search=search), CPU)
+        exact = weight.double()
+        wrong = dequantize(made.codes, made.scale, torch.float32).double() - exact
+        assert made.relative_rms == pytest.approx(float(wrong.norm() / exact.norm()), rel=1e-3)
+        return made.relative_rms
+
+    assert 0.015 < error("mse") <= error("amax") < 0.03
