@@ -7,6 +7,7 @@ import comfy.ops
 import comfy.supported_models
 import pytest
 import torch
+from comfy.ldm.aura.mmdit import MMDiT
 from comfy.ldm.chroma.model import Chroma
 from comfy.ldm.flux.model import Flux
 from comfy.ldm.hunyuan_video.model import HunyuanVideo
@@ -223,6 +224,25 @@ def test_an_unknown_transformer_adapts_its_repeated_blocks():
     report = select_targets(diffusion_model_of(patcher), NetworkSpec(), architectures.DEFAULT)
     flux = select_targets(diffusion_model_of(patcher), NetworkSpec(), architecture_of(patcher))
     assert [c.name for c in report.selected] == [c.name for c in flux.selected]
+
+
+def test_a_transformer_without_a_row_of_its_own_leaves_its_modulation_alone():
+    model = MMDiT(
+        n_layers=3,
+        n_double_layers=1,
+        dim=256,
+        n_heads=1,
+        cond_seq_dim=16,
+        device="meta",
+        dtype=torch.float32,
+        operations=comfy.ops.disable_weight_init,
+    )
+    report = select_targets(model, NetworkSpec(), architectures.architecture_of({"dim": 256}))
+    assert report.architecture is architectures.DEFAULT
+    assert len(report.selected) == 8 + 2 * 3 + 2 * (4 + 3)
+    assert {c.name for c in report.candidates if ".mod" in c.name}.isdisjoint(
+        c.name for c in report.selected
+    )
 
 
 def test_whitelist_reaches_layers_outside_the_blocks():
