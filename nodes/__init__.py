@@ -14,14 +14,18 @@ from . import (
     replacements,
     timesteps,
     training,
+    training_optimizer,
     training_options,
+    training_progress,
 )
 
 NODES: list[type[io.ComfyNode]] = [
     *network.NODES,
     *timesteps.NODES,
     *training.NODES,
+    *training_optimizer.NODES,
     *training_options.NODES,
+    *training_progress.NODES,
     *checkpoints.NODES,
     *ema.NODES,
     *fp8.NODES,

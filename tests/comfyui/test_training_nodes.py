@@ -12,7 +12,10 @@ from tiny_models import conditioning, latent
 
 import nodes as core_nodes
 from comfyui_braid.engine.training.options import TrainingOptions
-from comfyui_braid.nodes import training_options as nodes
+from comfyui_braid.nodes import training_optimizer, training_options, training_progress
+from comfyui_braid.nodes.training_optimizer import BraidOptimizer
+from comfyui_braid.nodes.training_options import BraidCheckpointing, BraidCompile, BraidTrainingLog
+from comfyui_braid.nodes.training_progress import BraidTrainingPreview, BraidValidation
 
 LOG = dict(log_with="tensorboard", logging_dir="logs", log_prefix="", log_tracker_name="")
 
@@ -26,7 +29,7 @@ def optimizer(**changes):
         "lr_scheduler_args": "",
         **changes,
     }
-    return nodes.BraidOptimizer.execute(**given).result[0]
+    return BraidOptimizer.execute(**given).result[0]
 
 
 def test_optimizer_arguments_are_python_literals_or_a_bare_word():
@@ -80,21 +83,19 @@ def test_custom_takes_the_class_that_is_typed_and_an_empty_one_is_refused():
 )
 def test_logs_stay_inside_the_output_folder(changes, sentence):
     with pytest.raises(ValueError, match=sentence):
-        nodes.BraidTrainingLog.execute(**{**LOG, **changes})
-    (options,) = nodes.BraidTrainingLog.execute(**LOG).result
+        BraidTrainingLog.execute(**{**LOG, **changes})
+    (options,) = BraidTrainingLog.execute(**LOG).result
     assert options.log.logging_dir.is_relative_to(folder_paths.get_output_directory())
     assert options.log.log_tracker_name == "network_train"
 
 
 def test_options_chain_and_a_second_node_of_one_kind_is_refused():
     saving = dict(save_every_n_steps=5, save_last_n=2, save_state=True, ema_shadows=True, resume="")
-    (options,) = nodes.BraidCheckpointing.execute(**saving).result
-    (options,) = nodes.BraidTrainingLog.execute(**LOG, options=options).result
+    (options,) = BraidCheckpointing.execute(**saving).result
+    (options,) = BraidTrainingLog.execute(**LOG, options=options).result
     compiling = dict(dynamo_backend="eager", dynamo_mode="default", dynamo_fullgraph=False)
-    (options,) = nodes.BraidCompile.execute(
-        **compiling, dynamo_dynamic="auto", options=options
-    ).result
-    (options,) = nodes.BraidTrainingPreview.execute(
+    (options,) = BraidCompile.execute(**compiling, dynamo_dynamic="auto", options=options).result
+    (options,) = BraidTrainingPreview.execute(
         sample_every_n_steps=3,
         latent={"samples": latent("flux")},
         steps=4,
@@ -102,7 +103,7 @@ def test_options_chain_and_a_second_node_of_one_kind_is_refused():
         seed=0,
         options=options,
     ).result
-    (options,) = nodes.BraidValidation.execute(
+    (options,) = BraidValidation.execute(
         latents=[{"samples": latent("flux")}],
         positive=[conditioning("flux")],
         every_n_steps=[5],
@@ -113,19 +114,19 @@ def test_options_chain_and_a_second_node_of_one_kind_is_refused():
     assert all(getattr(options, f.name) is not None for f in dataclasses.fields(TrainingOptions))
     assert options.compilation.dynamo_dynamic is None
     with pytest.raises(ValueError, match="holds checkpointing twice"):
-        nodes.BraidCheckpointing.execute(**saving, options=options)
+        BraidCheckpointing.execute(**saving, options=options)
 
 
 @pytest.mark.parametrize("word, value", [("off", False), ("on", True), ("auto", None)])
 def test_dynamo_dynamic_is_torchs_three_way_switch(word, value):
-    (options,) = nodes.BraidCompile.execute(
+    (options,) = BraidCompile.execute(
         dynamo_backend="eager", dynamo_mode="default", dynamo_fullgraph=False, dynamo_dynamic=word
     ).result
     assert options.compilation.dynamo_dynamic is value
 
 
 def test_the_host_accepts_a_state_that_is_typed_and_not_offered(monkeypatch):
-    node = nodes.BraidCheckpointing
+    node = BraidCheckpointing
     monkeypatch.setitem(core_nodes.NODE_CLASS_MAPPINGS, node.__name__, node)
     inputs = {"save_every_n_steps": 1, "save_last_n": 0, "save_state": True, "ema_shadows": False}
     prompt = {
@@ -146,7 +147,7 @@ def test_saved_states_are_offered_newest_first(tmp_path, monkeypatch):
         path.parent.mkdir(parents=True)
         path.touch()
         os.utime(path, (1000 - age, 1000 - age))
-    (resume,) = [i for i in nodes.BraidCheckpointing.define_schema().inputs if i.id == "resume"]
+    (resume,) = [i for i in BraidCheckpointing.define_schema().inputs if i.id == "resume"]
     assert resume.options == [
         "",
         "latest",
@@ -155,7 +156,9 @@ def test_saved_states_are_offered_newest_first(tmp_path, monkeypatch):
     ]
 
 
-@pytest.mark.parametrize("node", nodes.NODES)
+@pytest.mark.parametrize(
+    "node", [*training_optimizer.NODES, *training_options.NODES, *training_progress.NODES]
+)
 def test_every_required_input_reaches_execute_under_its_name(node):
     schema = node.define_schema()
     takes = inspect.signature(node.execute).parameters
