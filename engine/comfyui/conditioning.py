@@ -65,7 +65,7 @@ def encode(
             "parts; do not combine conditionings for training"
         )
     prompt = conditioning[0][0]
-    if prompt is not None and len(prompt) != 1:
+    if isinstance(prompt, Tensor) and len(prompt) != 1:
         raise ValueError(
             f"a training item needs exactly one prompt, its conditioning is a batch of "
             f"{len(prompt)}; give each item a conditioning of its own"

@@ -114,9 +114,11 @@ class ComfyDenoiser:
     def check(self, items: Sequence[tuple[Tensor, Conditioning]]) -> None:
         """Raise `ValueError` when the network cannot take one of `items`; computes few of them.
 
-        A wrong text encoder shows only when the network is run, so it is run once before training.
+        A wrong text encoder shows only when the network is run, so it is run once before training,
+        with the smallest latent of each kind of conditioning.
         """
-        different = {item.widths: (latents, item) for latents, item in items}
+        falling = sorted(items, key=lambda pair: pair[0].numel(), reverse=True)
+        different = {item.widths: (latents, item) for latents, item in falling}
         for latents, item in different.values():
             try:
                 with torch.inference_mode():
