@@ -1,7 +1,9 @@
-"""The import directions of the house (CONTRIBUTING.md), checked on the syntax trees."""
+"""The import directions of the house (CONTRIBUTING.md), checked on the syntax trees; and make."""
 
 import ast
+import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -118,3 +120,21 @@ def test_manager_installs_what_pyproject_names():
     assert wanted == re.findall(r'"([^"]+)"', project)
     # The registry takes the front end's version only with all three parts.
     assert any(re.fullmatch(r"comfyui-frontend-package>=\d+\.\d+\.\d+", line) for line in wanted)
+
+
+def test_make_sets_up_a_comfyui_that_is_found_only_later_and_says_at_once_when_there_is_none(
+    tmp_path,
+):
+    def planned(comfyui):
+        command = ["make", "-n", "demo-comfyui", f"COMFYUI={comfyui}", "PYTHON=python3"]
+        env = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        return done.stdout
+
+    (tmp_path / "requirements.txt").write_text("aiohttp\n")
+    first = planned(tmp_path)
+    assert "pip install -q -r .venv/comfyui-requirements.txt" in first
+    (tmp_path / "requirements.txt").write_text("aiohttp\nalembic\n")
+    stamp = re.compile(r"touch (\.venv/comfyui-\d+\.ready)")
+    assert stamp.findall(first) != stamp.findall(planned(tmp_path))
+    assert planned("").split() == ["cd", "tests", "&&", "python3", "-m", "host.demo"]
