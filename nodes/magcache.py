@@ -43,8 +43,8 @@ def _measure_input(meaning: str) -> io.Combo.Input:
         optional=True,
         advanced=True,
         tooltip=f"{meaning} latent: the whole model's output; any model, two latents of memory per "
-        "conditioning. blocks: the residual of the block stack, as the paper; FLUX, Chroma, Wan, "
-        "Qwen-Image and HunyuanVideo.",
+        "conditioning. blocks: the residual of the block stack, as the paper; FLUX, Chroma, Wan "
+        "(not VACE), Qwen-Image and Hunyuan.",
     )
 
 

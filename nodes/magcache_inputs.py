@@ -205,7 +205,7 @@ def load_calibration(name: str) -> MagCachePlan:
     path = inside_output("file", name, SUBFOLDER)
     if not path.is_file():
         raise ValueError(f"file {name!r} is no saved calibration: save one, or refresh the list")
-    return MagCachePlan.from_json(path.read_text(encoding="utf-8"))
+    return MagCachePlan.from_json(path.read_text(encoding="utf-8-sig"))  # editors add a mark
 
 
 def strip(schedule: Schedule, plan: MagCachePlan) -> dict[str, Any]:

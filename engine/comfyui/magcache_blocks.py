@@ -22,10 +22,12 @@ STACKS = {
 }
 """Module list of a diffusion model -> the name its hooks have, in the order they run."""
 HOOKED_MODELS = frozenset(
-    "Flux Chroma HunyuanVideo HunyuanVideoI2V HunyuanVideo15 QwenImage WAN21 WAN22 WAN21_Vace "
-    "WAN21_Camera".split()
+    "Flux Flux2 Chroma HunyuanVideo HunyuanVideoI2V HunyuanVideo15 HunyuanImage21 QwenImage WAN21 "
+    "WAN22 WAN21_Camera".split()
 )
-"""Models whose block loop was read and tried: hidden state in `img`, every block hooked."""
+"""Models whose block loop was read and tried: hidden state in `img`, every block hooked, nothing
+added between them. (VACE adds the hints of a second stack between the blocks, which runs in full
+whatever is skipped.)"""
 
 
 def block_keys(patcher: ModelPatcher) -> list[BlockKey]:
@@ -33,8 +35,8 @@ def block_keys(patcher: ModelPatcher) -> list[BlockKey]:
     name = type(patcher.model).__name__
     if name not in HOOKED_MODELS:
         raise ValueError(
-            f"measure 'blocks': {name} has no hooks around its block stack; use measure 'latent', "
-            "which works for every model"
+            f"measure 'blocks': {name} has no hooks around its block stack, or does more between "
+            "the blocks than they see; use measure 'latent', which works for every model"
         )
     network = patcher.model.diffusion_model
     children = dict(network.named_children())

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .magcache_samplers import same_level
+
 Key = Hashable
 """Which evaluation a residual belongs to: conditioning, its n-th call in this step, its frames."""
 
@@ -29,8 +31,12 @@ class ResidualCache:
         self._entries: dict[Key, tuple[Entry, ...]] = {}
 
     def store(self, key: Key, sigma: float, residual: Tensor, taken_from: torch.dtype) -> None:
-        """Remember `residual`; one stored at the same sigma is replaced."""
-        older = [e for e in self._entries.get(key, ()) if abs(e.sigma - sigma) > 1e-9]
+        """Remember `residual`; one stored at the same noise level is replaced.
+
+        Two-calls-a-step samplers come to a level twice, with a rounding between: a line through
+        those two would point anywhere.
+        """
+        older = [e for e in self._entries.get(key, ()) if not same_level(e.sigma, sigma)]
         kept = (*older, Entry(sigma, residual, taken_from))
         self._entries[key] = kept[-self._keep :]
 

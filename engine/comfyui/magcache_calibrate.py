@@ -9,6 +9,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ..magcache.calibration import ResidualRecorder, average_plans, calibrated_plan
+from ..magcache.curve import falls
 from ..magcache.plan import POSITIVE, Conditions, MagCachePlan
 from .magcache_blocks import BlockKey, StackMeasure, block_keys, with_hooks
 from .magcache_cache import Key, slices, velocity
@@ -101,6 +102,13 @@ class Calibrator:
         guider = executor.class_obj
         refuse_rivals(guider.model_options)
         levels = sigmas.tolist()
+        if len(levels) < 2:  # no step to run
+            return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+        if not falls(levels):
+            raise ValueError(
+                "MagCache Calibrate: the noise levels do not fall from step to step; calibrate "
+                "with a sampling run that goes from noise to picture"
+            )
         run = Measurement(
             conditions=run_conditions(guider, sampler, levels, noise, self.measure),
             blocks=block_keys(guider.model_patcher) if self.measure == "blocks" else [],

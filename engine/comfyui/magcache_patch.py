@@ -89,6 +89,8 @@ class MagCachePatch:
         guider = executor.class_obj
         refuse_rivals(guider.model_options)
         self.last_report = None
+        if len(sigmas) < 2:  # no step to run, as after Split Sigmas at step 0
+            return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
         run = self._begin(guider, sampler, sigmas.tolist(), noise)
         original = guider.model_options
         guider.model_options = comfy.model_patcher.create_model_options_clone(original)

@@ -19,8 +19,15 @@ ONE_CALL_A_STEP = frozenset(
     ).split()
 )
 """Core samplers whose n-th call is at the schedule's n-th noise level (a test checks every one)."""
+SAME_LEVEL = 5e-4
+"""Relative distance of noise levels that count as one: samplers compute a level in several ways."""
 NOISELESS = frozenset(("sample_res_multistep", "sample_res_multistep_cfg_pp"))
 """Core samplers that take a noise source and do not use it."""
+
+
+def same_level(sigma: float, other: float) -> bool:
+    """Whether two noise levels are one, up to a sampler's rounding."""
+    return abs(sigma - other) <= SAME_LEVEL * max(sigma, other)
 
 
 def sampler_name(sampler: comfy.samplers.Sampler) -> str:
@@ -78,7 +85,7 @@ class StepClock:
         return self._read(float(timestep.max()))
 
     def _read(self, sigma: float) -> tuple[int, float, bool]:
-        tolerance = 5e-4 * sigma  # SDE samplers call a little below the first level
-        step = bisect.bisect_right(self._falling, -sigma + tolerance) - 1
+        below = sigma * (1.0 - SAME_LEVEL)  # SDE samplers call a little below the first level
+        step = bisect.bisect_right(self._falling, -below) - 1
         step = min(max(step, 0), len(self._sigmas) - 2)
-        return step, sigma, abs(self._sigmas[step] - sigma) <= tolerance
+        return step, sigma, same_level(self._sigmas[step], sigma)

@@ -10,6 +10,11 @@ import math
 from collections.abc import Sequence
 
 
+def falls(sigmas: Sequence[float]) -> bool:
+    """True when every noise level lies below the one before; False when one is not a number."""
+    return all(after < before for before, after in zip(sigmas, sigmas[1:], strict=False))
+
+
 def nearest_ratios(ratios: Sequence[float], steps: int) -> list[float]:
     """The list resampled to `steps` values by nearest index, as the MagCache authors and musubi do.
 

@@ -4,7 +4,10 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import chain
 from typing import Any
+
+from .curve import falls
 
 FORMAT = "braid.magcache/1"
 POSITIVE, NEGATIVE = "positive", "negative"
@@ -67,6 +70,13 @@ class Curve:
     def __post_init__(self) -> None:
         if not self.ratios:
             raise ValueError(f"ratios of {self.label}: the list is empty")
+        for name in ("spread", "cosine_distance"):
+            values = getattr(self, name)
+            if values and len(values) != len(self.ratios):
+                raise ValueError(
+                    f"{name} of {self.label}: {len(self.ratios)} steps need as many values, "
+                    f"got {len(values)}"
+                )
         for index, ratio in enumerate(self.ratios):
             if not (math.isfinite(ratio) and ratio > 0):
                 raise ValueError(
@@ -113,9 +123,13 @@ class MagCachePlan:
                     f"ratios of {curve.label}: {steps} steps need {steps} values, "
                     f"got {len(curve.ratios)}"
                 )
+        if not falls(self.conditions.sigmas):
+            raise ValueError("sigmas: the noise levels of a calibration must fall")
         rows = [len(row) for row in self.inner_products]
         if rows and rows != list(range(1, steps + 1)):
             raise ValueError(f"inner_products: expected a lower triangle of {steps} rows")
+        if not all(map(math.isfinite, chain.from_iterable(self.inner_products))):
+            raise ValueError("inner_products: a value is not a finite number")
 
     @property
     def calibrated(self) -> bool:
@@ -131,7 +145,7 @@ class MagCachePlan:
         """Read `to_json`'s text; ValueError in one sentence when it is something else."""
         try:
             raw = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"not a MagCache calibration: not JSON ({error})") from error
         if not isinstance(raw, dict) or raw.get("format") != FORMAT:
             raise ValueError(
@@ -150,8 +164,8 @@ def _plan_from(raw: Mapping[str, Any]) -> MagCachePlan:
         name=str(raw["name"]),
         conditions=Conditions(**_tuples(raw["conditions"], Conditions)),
         curves=tuple(Curve(**_tuples(curve, Curve)) for curve in raw["curves"]),
-        inner_products=tuple(_floats(row) for row in raw.get("inner_products", ())),
-        sections=tuple(_floats(row) for row in raw.get("sections", ())),
+        inner_products=tuple(_numbers(row) for row in raw.get("inner_products", ())),
+        sections=tuple(_numbers(row) for row in raw.get("sections", ())),
         recommended=Recommended(**recommended) if recommended else None,
         source=str(raw.get("source", "")),
         note=str(raw.get("note", "")),
@@ -159,17 +173,19 @@ def _plan_from(raw: Mapping[str, Any]) -> MagCachePlan:
 
 
 def _tuples(raw: Mapping[str, Any], of: type) -> dict[str, Any]:
-    """The known fields of `of`, lists as tuples; fields of a newer version are left out."""
+    """The known fields of `of`, lists as tuples of numbers; a newer version's are left out."""
     known = {field.name for field in fields(of)}
     return {
-        key: tuple(value) if isinstance(value, list) else value
+        key: _numbers(value) if isinstance(value, list) else value
         for key, value in raw.items()
         if key in known
     }
 
 
-def _floats(row: Sequence[Any]) -> tuple[float, ...]:
-    return tuple(float(value) for value in row)
+def _numbers(row: Sequence[Any]) -> tuple[float, ...]:
+    if wrong := [value for value in row if not isinstance(value, int | float)]:
+        raise TypeError(f"{wrong[0]!r} is not a number")
+    return tuple(row)
 
 
 def plan_from_ratios(text: str, name: str = "mag_ratios") -> MagCachePlan:

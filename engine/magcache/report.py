@@ -23,6 +23,7 @@ class RunReport:
     """A finished run."""
 
     schedule: Schedule
+    """What was to be skipped; what could not be predicted was computed all the same."""
     conditionings: tuple[ConditioningCount, ...]
     seconds: float
     """Wall time of the sampler."""
@@ -33,6 +34,13 @@ class RunReport:
         return sum(len(count.computed) for count in self.conditionings)
 
     @property
+    def skipped_steps(self) -> tuple[int, ...]:
+        """Steps for which the network did not run at all, rising."""
+        computed = {step for count in self.conditionings for step in count.computed}
+        predicted = {step for count in self.conditionings for step in count.skipped}
+        return tuple(sorted(predicted - computed))
+
+    @property
     def speedup(self) -> float:
         """Evaluations that a run without cache makes, over those made."""
         everything = sum(len(c.computed) + len(c.skipped) for c in self.conditionings)
@@ -40,9 +48,9 @@ class RunReport:
 
     def line(self) -> str:
         """One sentence for the log."""
-        schedule = self.schedule
+        steps = self.schedule.steps
         return (
-            f"MagCache: {schedule.computed} of {schedule.steps} steps computed, "
+            f"MagCache: {steps - len(self.skipped_steps)} of {steps} steps computed, "
             f"{self.evaluations} evaluations, {self.speedup:.2f}x fewer, {self.seconds:.2f} s"
         )
 
@@ -51,8 +59,8 @@ class RunReport:
         schedule = self.schedule
         return {
             "steps": schedule.steps,
-            "computed_steps": schedule.computed,
-            "skipped_steps": list(schedule.skipped),
+            "computed_steps": schedule.steps - len(self.skipped_steps),
+            "skipped_steps": list(self.skipped_steps),
             "evaluations": self.evaluations,
             "speedup": round(self.speedup, 4),
             "seconds": round(self.seconds, 4),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .curve import cumulative_ratios, nearest_ratios, resampled_sigmas
+from .curve import cumulative_ratios, falls, nearest_ratios, resampled_sigmas
 from .plan import MagCachePlan
 from .rules import MagCacheRule, PlannedRule, Rule, accumulated_errors
 from .shortest_path import (
@@ -71,10 +71,10 @@ def plan_schedule(
 ) -> Schedule:
     """The schedule of one run.
 
-    `sigmas`: the run's steps + 1 noise levels, falling. `allowed`: steps that may be skipped
-    (default all). `knots`: where the ratios of a plan without its own noise levels lie; by
-    default the run's schedule resampled to the plan's number of steps. ValueError when `planned`
-    has no calibration.
+    `sigmas`: the run's steps + 1 noise levels; where they do not fall, as when noise is added back
+    in mid-run, nothing is skipped. `allowed`: steps that may be (default all). `knots`: where the
+    ratios of a plan without its own noise levels lie; by default the run's schedule resampled to
+    the plan's number of steps. ValueError when `planned` has no calibration.
     """
     sigmas = tuple(float(sigma) for sigma in sigmas)
     steps = len(sigmas) - 1
@@ -87,6 +87,9 @@ def plan_schedule(
             "Calibrate once and connect its plan, or choose rule 'magcache'"
         )
     if rule.off or steps < 2 or not any(allowed):
+        return _nothing_skipped(sigmas, warnings)
+    if not falls(sigmas):
+        warnings.append("the noise levels do not fall from step to step: every step is computed")
         return _nothing_skipped(sigmas, warnings)
     if isinstance(rule, PlannedRule):
         return _planned(plan, sigmas, rule, allowed, warnings)

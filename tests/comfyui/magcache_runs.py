@@ -1,6 +1,7 @@
 """Short runs for the MagCache tests."""
 
 import comfy.sample
+import comfy.samplers
 import torch
 from tiny_models import conditioning, latent
 
@@ -42,6 +43,24 @@ def sample(
             seed=0,
             disable_pbar=True,
             **options,
+        )
+
+
+def sample_levels(model, levels, sampler="euler", name="flux"):
+    """Sample as SamplerCustom does, on noise levels of one's own."""
+    noise = latent(name)
+    with torch.inference_mode():
+        return comfy.sample.sample_custom(
+            model,
+            noise,
+            2.0,
+            comfy.samplers.sampler_object(sampler),
+            torch.tensor(levels),
+            conditioning(name, 0),
+            conditioning(name, 1),
+            torch.zeros_like(noise),
+            seed=0,
+            disable_pbar=True,
         )
 
 

@@ -71,40 +71,6 @@ def test_blocks_are_skipped_and_embedding_and_output_layers_run(name):
     assert torch.equal(sample(off, name), plain)
 
 
-@pytest.mark.parametrize("name", HOOKED)
-def test_adding_the_measured_residual_gives_the_blocks_output(name):
-    """A residual stored at a step and used at the same step reproduces the network's output."""
-    from comfyui_braid.engine.comfyui.magcache_blocks import (
-        StackMeasure,
-        skipping_hooks,
-        with_hooks,
-    )
-
-    model = build(name)
-    keys = block_keys(model)
-    seen = []
-
-    def twice(executor, *args, **kwargs):
-        options = args[5]
-        stack = StackMeasure(keys)
-        computed = executor(*args[:5], with_hooks(options, stack.hooks()), **kwargs)
-        hooks = skipping_hooks(keys, lambda hidden: stack.residual)
-        skipped = executor(*args[:5], with_hooks(options, hooks), **kwargs)
-        seen.append(float((computed - skipped).abs().max()))
-        return computed
-
-    tapped = model.clone()
-    tapped.add_wrapper_with_key("apply_model", "test", twice)
-    sample(tapped, name, steps=2)
-    assert len(seen) >= 2 and max(seen) < 1e-4
-
-
-@pytest.mark.parametrize("name", ["lumina2", "sd15"])
-def test_models_without_block_hooks_say_so_and_name_the_other_measure(name):
-    with pytest.raises(ValueError, match="has no hooks around its block stack; use measure 'lat"):
-        cached(build(name), measure="blocks")
-
-
 @pytest.mark.parametrize("name", EVERY)
 def test_conditionings_batched_or_apart_give_the_same_picture(name, monkeypatch):
     model, kind = world(name)

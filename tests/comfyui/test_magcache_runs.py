@@ -8,16 +8,27 @@ import torch
 from comfy.model_management import InterruptProcessingException
 from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_easycache import EasyCacheNode
-from magcache_runs import GREEDY, STEPS, cached, calibrate, close, counting, sample
+from magcache_runs import (
+    GREEDY,
+    STEPS,
+    cached,
+    calibrate,
+    close,
+    counting,
+    sample,
+    sample_levels,
+)
 from tiny_models import build, conditioning, latent
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from comfyui_braid.engine.comfyui.magcache_cache import ResidualCache
 from comfyui_braid.engine.comfyui.magcache_calibrate import Calibrator
 from comfyui_braid.engine.comfyui.magcache_run import conditioning_keys
 from comfyui_braid.engine.comfyui.magcache_samplers import (
     adds_noise,
     calls_follow_schedule,
 )
+from comfyui_braid.engine.comfyui.playground import load_playground_model
 from comfyui_braid.engine.magcache.rules import MagCacheRule, PlannedRule
 
 SKIPPED = (1, 2, 4, 5)
@@ -84,6 +95,65 @@ def test_calibrations_of_every_kind_of_sampler_are_whole(sampler, model):
 def test_a_sampler_off_the_schedule_cannot_calibrate_and_says_so(model):
     with pytest.raises(ValueError, match="did not call the model at all .* calibrate with euler"):
         calibrate(model, "flux", sampler="dpm_adaptive", cfg=1.0)
+
+
+SEVERAL_CALLS = (
+    "heun heunpp2 exp_heun_2_x0 exp_heun_2_x0_sde dpm_2 dpm_2_ancestral dpmpp_2s_ancestral "
+    "dpmpp_2s_ancestral_cfg_pp dpmpp_sde seeds_2 seeds_3 sa_solver_pece uni_pc"
+).split()
+
+
+@pytest.mark.parametrize("sampler", SEVERAL_CALLS)
+def test_extrapolation_stays_near_the_picture_with_samplers_that_call_several_times(sampler):
+    """Two calls at one noise level, a rounding apart, make no line to follow."""
+    model = load_playground_model()
+    plan, _ = calibrate(model, "flux", steps=12)
+    plain = sample(model, "flux", steps=12, sampler=sampler)
+    patched, patch = cached(model, plan, PlannedRule(speedup=1.5))
+    samples = sample(patched, "flux", steps=12, sampler=sampler)
+    assert len(patch.last_report.skipped_steps) == 4
+    assert float((samples - plain).norm()) < float(plain.norm())
+
+
+def test_residuals_of_one_noise_level_replace_each_other_whatever_its_rounding():
+    cache = ResidualCache(extrapolate=True)
+    for sigma in (0.9, 0.5, 0.5 * (1 + 1e-6)):
+        cache.store("who", sigma, torch.full((1,), sigma), torch.float32)
+    newest, before, w = cache.line("who", 0.4)
+    assert (before.sigma, w) == (0.9, pytest.approx(0.25, rel=1e-4))
+    assert newest.sigma != 0.5
+
+
+LEVELS = {
+    "no step": [1.0],
+    "one step": [1.0, 0.0],
+    "noise added back": [1.0, 0.8, 0.6, 0.4, 0.7, 0.5, 0.3, 0.1, 0.0],
+    "the same level twice": [1.0, 0.9, 0.9, 0.7, 0.7, 0.4, 0.2, 0.0],
+    "from picture to noise": [0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0],
+}
+
+
+@pytest.mark.parametrize("levels", LEVELS.values(), ids=LEVELS)
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m"])
+@pytest.mark.parametrize("rule", [GREEDY, PlannedRule(speedup=2.0)], ids=["rule", "planned"])
+def test_levels_that_do_not_fall_are_computed_in_full_and_the_run_says_so(
+    levels, sampler, rule, model
+):
+    plan, _ = calibrate(model, "flux")
+    patched, patch = cached(model, plan, rule)
+    plain = sample_levels(model, levels, sampler)
+    samples = sample_levels(patched, levels, sampler)
+    assert torch.equal(samples.nan_to_num(7.0), plain.nan_to_num(7.0))
+    if len(levels) > 2:
+        assert any("do not fall" in warning for warning in patch.last_report.schedule.warnings)
+
+
+def test_levels_that_do_not_fall_cannot_be_calibrated_on(model):
+    calibrating = Calibrator().attach(model)
+    with pytest.raises(ValueError, match="the noise levels do not fall"):
+        sample_levels(calibrating, LEVELS["noise added back"], "euler")
+    no_step = sample_levels(calibrating, LEVELS["no step"], "euler")
+    assert torch.equal(no_step, sample_levels(model, LEVELS["no step"], "euler"))
 
 
 def test_cfg_1_has_one_conditioning(model):
@@ -260,6 +330,8 @@ def test_a_conditioning_with_controlnet_is_computed_at_every_step(model):
     samples = sample(patched, "flux", positive=positive)
     assert labels(patch)["positive"] == (tuple(range(STEPS)), ())
     assert labels(patch)["negative"][1] == SKIPPED
+    report = patch.last_report.to_dict()
+    assert report["skipped_steps"] == [] and report["computed_steps"] == STEPS
     assert torch.isfinite(samples).all()
 
 

@@ -1,6 +1,7 @@
 """The plan: what it holds, how it is written and read, what differs from the run."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -124,6 +125,45 @@ def test_a_bad_list_is_refused_in_one_sentence(text, message):
 def test_another_file_is_not_read_as_a_calibration(text, message):
     with pytest.raises(ValueError, match=message):
         MagCachePlan.from_json(text)
+
+
+def edited(section, field, value):
+    raw = json.loads(CALIBRATED.to_json())
+    where = {"conditions": raw["conditions"], "curve": raw["curves"][0], "plan": raw}[section]
+    where[field] = value
+    return json.dumps(raw)
+
+
+CALIBRATED = MagCachePlan(
+    name="x",
+    conditions=Conditions(steps=3, sigmas=(1.0, 0.6, 0.3, 0.0)),
+    curves=(Curve(label="positive", ratios=(1.0, 0.9, 0.8), spread=(0.0, 0.1, 0.1)),),
+    inner_products=((1.0,), (1.0, 1.0), (1.0, 1.0, 1.0)),
+)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (("conditions", "sigmas", [1.0, "a", 0.3, 0.0]), "'a' is not a number"),
+        (("conditions", "sigmas", [0.0, 0.3, 0.6, 1.0]), "noise levels of a calibration must fall"),
+        (("conditions", "sigmas", [1.0, 0.6, 0.6, 0.0]), "noise levels of a calibration must fall"),
+        (("conditions", "sigmas", [1.0, math.nan, 0.3, 0.0]), "calibration must fall"),
+        (("conditions", "steps", 4), "4 steps have 5 noise levels, got 4"),
+        (("conditions", "steps", "3"), "damaged"),
+        (("curve", "ratios", [1.0, "0.9", 0.8]), "'0.9' is not a number"),
+        (("curve", "ratios", [1.0, 0.0, 0.8]), "value 1 is 0.0"),
+        (("curve", "spread", [0.0]), "spread of positive: 3 steps need as many values, got 1"),
+        (("plan", "inner_products", [[1.0], [1.0, math.nan], [1.0, 1.0, 1.0]]), "finite"),
+        (("plan", "inner_products", [[1.0], [1.0, "x"], [1.0, 1.0, 1.0]]), "'x' is not a number"),
+        (("plan", "curves", None), "damaged"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_calibration_edited_by_hand_is_read_whole_or_refused_in_one_sentence(edit, message):
+    assert MagCachePlan.from_json(CALIBRATED.to_json()) == CALIBRATED
+    with pytest.raises(ValueError, match=message):
+        MagCachePlan.from_json(edited(*edit))
 
 
 def test_fields_of_a_newer_version_are_left_out():

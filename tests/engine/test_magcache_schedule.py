@@ -224,6 +224,13 @@ def test_tiny_runs_are_computed(steps):
     assert plan_schedule(plan, shifted(steps), PlannedRule(speedup=3)).skipped == ()
 
 
+@pytest.mark.parametrize("rule", [MagCacheRule(retention_ratio=0.0), PlannedRule()])
+def test_levels_that_do_not_fall_skip_nothing_and_say_so(rule):
+    sigmas = [*shifted(20)[:10], *shifted(20)[5:]]
+    schedule = plan_schedule(calibrate(shifted(20)), sigmas, rule)
+    assert schedule.skipped == () and "do not fall" in schedule.warnings[-1]
+
+
 def test_few_steps_warn_that_caching_does_not_pay():
     schedule = plan_schedule(plan_from_ratios("1,1,1,1,1,1,1,1"), shifted(8), MagCacheRule())
     assert any("8 steps are few" in warning for warning in schedule.warnings)
