@@ -3,7 +3,14 @@
 import pytest
 from host.browse import CHROMIUM_ARGUMENTS, READY, chromium
 from host.find import find_comfyui
-from host.serve import Server
+from host.serve import PACK_FOLDER, Server
+
+HOST_ERRORS = (
+    "Failed to load resource",  # a fresh installation lacks the user's own css and settings
+    "Content Security Policy",  # the template shown at first start asks for its models' sizes
+)
+OURS = (f"/extensions/{PACK_FOLDER}/", "/braid/")
+"""In the addresses of our files and answers."""
 
 
 @pytest.fixture(scope="session")
@@ -29,8 +36,8 @@ def browser():
 
 @pytest.fixture
 def console_errors():
-    """What the pages of this test print as errors once they are ready; ComfyUI's own start-up
-    prints some."""
+    """Errors that the pages of this test print once they are ready, and what of ours they did not
+    get; without those that ComfyUI itself prints."""
     return []
 
 
@@ -38,6 +45,14 @@ def console_errors():
 def open_page(server, browser, console_errors):
     """open_page(settings) -> a page with every node registered, on an empty graph."""
     contexts = []
+
+    def note_console(message):
+        if message.type == "error" and not any(known in message.text for known in HOST_ERRORS):
+            console_errors.append(message.text)
+
+    def note_response(response):
+        if response.status >= 400 and any(part in response.url for part in OURS):
+            console_errors.append(f"{response.status} {response.url}")
 
     def open_one(settings: dict | None = None):
         for name, value in (settings or {}).items():
@@ -50,7 +65,8 @@ def open_page(server, browser, console_errors):
         page.wait_for_function(READY)
         page.wait_for_function("!document.querySelector('.p-blockui-mask')")  # it takes the mouse
         page.evaluate("app.graph.clear()")
-        page.on("console", lambda m: m.type == "error" and console_errors.append(m.text))
+        page.on("console", note_console)
+        page.on("response", note_response)
         page.on("pageerror", lambda error: console_errors.append(str(error)))
         return page
 

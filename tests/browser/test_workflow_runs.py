@@ -1,8 +1,12 @@
 """Every workflow that needs no download, run by a real server over its API, with few steps."""
 
+import functools
 import json
+import os
+from pathlib import Path
 
 import pytest
+from host.find import PACK, find_comfyui
 from host.workflows import EXAMPLES, Graph, read_workflow, to_prompt
 
 WORKFLOWS = sorted(EXAMPLES.glob("0*.json"))
@@ -13,15 +17,51 @@ FEWER = {
     "BraidTrainingPreview": {"sample_every_n_steps": 3, "steps": 2},
 }
 
+MAY_WRITE = ("server/output/", "server/temp/", "server/user/")
+OTHERS_WRITE = (
+    "server/server.log",  # the launcher
+    "server/home/.cache/matplotlib/",  # its list of fonts, when the first picture is drawn
+    "ComfyUI/output/",  # tests in another process
+    "ComfyUI/temp/",
+)
+NO_PART = {".git", ".venv", ".pytest_cache", ".ruff_cache", "__pycache__", "demo_report"}
+"""Of a checkout: where tests, linters, `make demo` and Python itself write."""
+
+
+@pytest.fixture(scope="module")
+def run(server):
+    """run(path) -> the outputs of a workflow file; each is run once."""
+
+    @functools.cache
+    def run_once(path) -> dict:
+        prompt = to_prompt(read_workflow(path), server.object_info())
+        for node in prompt.values():
+            for name, value in FEWER.get(node["class_type"], {}).items():
+                node["inputs"][name] = value
+        return server.queue(prompt, timeout=300)["outputs"]
+
+    return run_once
+
+
+@pytest.fixture(scope="module", autouse=True)
+def before(server):
+    """The files that there were before anything ran."""
+    return files(server)
+
+
+def files(server) -> set[str]:
+    """Every file of the server's folders (its HOME and /tmp too), the pack and ComfyUI."""
+    found = set()
+    for name, root in (("server", server.base), ("pack", PACK), ("ComfyUI", find_comfyui())):
+        for folder, folders, here in os.walk(root):
+            folders[:] = [each for each in folders if each not in NO_PART]
+            found |= {f"{name}/{Path(folder, file).relative_to(root).as_posix()}" for file in here}
+    return found
+
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
-def test_a_playground_workflow_runs_to_its_end(path, server):
-    prompt = to_prompt(read_workflow(path), server.object_info())
-    for node in prompt.values():
-        for name, value in FEWER.get(node["class_type"], {}).items():
-            node["inputs"][name] = value
-    outputs = server.queue(prompt, timeout=300)["outputs"]
-    shown = [image for node in outputs.values() for image in node.get("images", [])]
+def test_a_playground_workflow_runs_to_its_end(path, run, server):
+    shown = [image for node in run(path).values() for image in node.get("images", [])]
     assert shown
     assert all((server.base / image["type"] / image["filename"]).exists() for image in shown)
 
@@ -62,3 +102,29 @@ def test_compile_and_load_checkpoints_run_though_workflows_show_them_switched_of
     entry = server.queue(to_prompt(graph.to_json(), server.object_info()))
     reports = [o["text"][0] for o in entry["outputs"].values() if "text" in o]
     assert json.loads(reports[0])["steps"] == [1, 2, 3]
+
+
+def test_a_log_says_which_package_it_lacks_before_anything_is_trained(server):
+    graph = Graph(server.object_info())
+    graph.column("", "#000")
+    data = graph.add("BraidPlaygroundDataset", count=4)
+    graph.add(
+        "BraidTrainLora",
+        model=graph.add("BraidPlaygroundModel")["model"],
+        latents=data["latents"],
+        positive=data["positive"],
+        network=graph.add("BraidNetwork", network_dim=2)["network"],
+        options=graph.add("BraidTrainingLog")["options"],
+        output_name="unlogged",
+    )
+    with pytest.raises(RuntimeError, match="pip install tensorboard"):
+        server.queue(to_prompt(graph.to_json(), server.object_info()))
+    assert not list((server.base / "output").rglob("unlogged*.safetensors"))
+
+
+def test_nothing_was_written_outside_output_temp_and_user(run, server, before):
+    for path in WORKFLOWS:
+        run(path)
+    written = files(server) - before
+    assert [path for path in written if not path.startswith(MAY_WRITE + OTHERS_WRITE)] == []
+    assert any(path.startswith("server/output/loras/") for path in written)

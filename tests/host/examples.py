@@ -139,9 +139,10 @@ def train_and_resume(graph: Graph) -> None:
         "To go on, set `resume` to **latest** and press Run again. The result is the same, byte "
         "for byte, as that of a run that was never stopped (on a CPU). Raise `steps` to train "
         "longer.\n\n"
-        "Logs are under `output/logs`: `tensorboard --logdir output/logs`.\n\n"
-        "*Torch Compile for Training* is bypassed. It needs a C++ compiler (CPU) or Triton (GPU) "
-        "and pays off on long runs: select it and press Ctrl+B to switch it on.",
+        "Two nodes are bypassed, because they need more than Braid installs; select one and press "
+        "Ctrl+B to switch it on. *Training Log*: `pip install tensorboard`, then `tensorboard "
+        "--logdir output/logs`. *Torch Compile for Training*: a C++ compiler (CPU) or Triton "
+        "(GPU); it pays off on long runs.",
         320,
     )
     model, data = playground_data(graph, "checkered", 40)
@@ -180,7 +181,9 @@ def train_and_resume(graph: Graph) -> None:
         cfg=2.0,
         options=validation["options"],
     )
-    log = graph.add("BraidTrainingLog", log_prefix="checkered_", options=preview["options"])
+    log = graph.add(
+        "BraidTrainingLog", log_prefix="checkered_", options=preview["options"]
+    ).bypass()
     compiled = graph.add("BraidCompile", options=log["options"]).bypass()
     graph.column("4 · Train", GREEN, 520)
     trained = playground_training(

@@ -12,6 +12,7 @@ import json
 import os
 import runpy
 import shutil
+import site
 import socket
 import subprocess
 import sys
@@ -24,8 +25,11 @@ from pathlib import Path
 
 from .find import PACK, find_comfyui
 
+OPTIONAL = ("tensorboard", "wandb", "bitsandbytes", "prodigyopt", "schedulefree")
+"""What requirements.txt does not name: absent from this server, as after an installation."""
 PACK_FOLDER = "My-Pack"
 """Not the package's name, so that nothing can depend on it."""
+FOLDERS = ("output", "input", "temp", "user/default", "models", "custom_nodes")
 SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Queue.QPOV2": False}
 """A user who has seen the first-start dialogs."""
 
@@ -38,7 +42,7 @@ class Server:
         self.url = url
         """http://127.0.0.1:<port>"""
         self.base = base
-        """Holds output/, input/, temp/, user/, models/ and custom_nodes/."""
+        """Holds ComfyUI's folders, and HOME and TMPDIR of the process as home/ and tmp/."""
 
     @classmethod
     def start(cls, *arguments: str, settings: dict | None = None, timeout: float = 180) -> "Server":
@@ -47,7 +51,7 @@ class Server:
         if comfyui is None:
             raise RuntimeError("no ComfyUI found: set COMFYUI_PATH to a checkout")
         base = Path(tempfile.mkdtemp(prefix="braid-comfyui-"))
-        for folder in ("output", "input", "temp", "user/default", "models", "custom_nodes"):
+        for folder in (*FOLDERS, "home", "tmp"):
             (base / folder).mkdir(parents=True)
         (base / "custom_nodes" / PACK_FOLDER).symlink_to(PACK, target_is_directory=True)
         user_settings = base / "user" / "default" / "comfy.settings.json"
@@ -56,7 +60,13 @@ class Server:
         command = [sys.executable, "-m", "host.serve", "--port", str(port), "--cpu"]
         command += ["--base-directory", str(base), "--database-url", "sqlite:///:memory:"]
         command += ["--disable-api-nodes", "--disable-auto-launch", *arguments]
-        environment = os.environ | {"COMFYUI_PATH": str(comfyui), "PYTHONDONTWRITEBYTECODE": "1"}
+        environment = os.environ | {
+            "COMFYUI_PATH": str(comfyui),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "PYTHONUSERBASE": site.getuserbase(),  # packages of a user, who has another HOME here
+            "HOME": str(base / "home"),
+            "TMPDIR": str(base / "tmp"),
+        }
         with (base / "server.log").open("w") as log:
             process = subprocess.Popen(
                 command,
@@ -163,6 +173,7 @@ def _launch() -> None:
     root = find_comfyui()
     sys.path[:] = [str(root), *(p for p in sys.path if Path(p or ".").resolve() != Path.cwd())]
     stand_ins.install()
+    sys.modules.update(dict.fromkeys(OPTIONAL))  # importing None raises ModuleNotFoundError
     sys.argv[0] = str(root / "main.py")
     os.chdir(root)
     runpy.run_path(sys.argv[0], run_name="__main__")
