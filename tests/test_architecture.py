@@ -138,3 +138,28 @@ def test_make_sets_up_a_comfyui_that_is_found_only_later_and_says_at_once_when_t
     stamp = re.compile(r"touch (\.venv/comfyui-\d+\.ready)")
     assert stamp.findall(first) != stamp.findall(planned(tmp_path))
     assert planned("").split() == ["cd", "tests", "&&", "python3", "-m", "host.demo"]
+
+
+SCRIPTS = sorted((ROOT / "web").rglob("*.js"))
+
+
+def test_one_script_alone_touches_the_front_end():
+    touching = [
+        path.relative_to(ROOT / "web").as_posix()
+        for path in SCRIPTS
+        if re.search(r"scripts/\w+\.js|\bapp\.|\bapi\.|\bLiteGraph\b", _code(path))
+    ]
+    assert touching == ["extension.js"]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_scripts_take_every_colour_from_comfyuis_variables_and_print_nothing(path):
+    code = _code(path)
+    fallbacks = re.sub(r"var\(--[\w-]+, #[0-9a-f]+\)", "", code)
+    assert re.findall(r"#[0-9a-fA-F]{3,8}\b|\brgba?\(|\bhsla?\(", fallbacks) == []
+    assert "console." not in code
+
+
+def _code(path: Path) -> str:
+    """A script without its comments."""
+    return re.sub(r"/\*.*?\*/|//[^\n]*", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)

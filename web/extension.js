@@ -6,7 +6,7 @@ import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import * as ema from "./ema/chart.js";
 import { translateFields } from "./language/tooltips.js";
-import { describeNode } from "./live/graph.js";
+import { describeNode, everyNode } from "./live/graph.js";
 import { LivePanel } from "./live/panel.js";
 import { stepsDownstream } from "./magcache/downstream.js";
 import * as magcache from "./magcache/chart.js";
@@ -14,7 +14,7 @@ import * as timesteps from "./timesteps/chart.js";
 
 /**
  * node id -> the chart in it. `extra` adds what only the rest of the graph can tell; `liveWins`:
- * what a run shows is for where the live answer is a sentence.
+ * what a run answers is shown only where the live answer is a sentence.
  * @type {Record<string, {noun: string, chart: import("./live/face.js").Chart, height: number, extra?: Function, liveWins?: boolean}>}
  */
 const CHARTS = {
@@ -27,6 +27,7 @@ const CHARTS = {
 
 const WIDGET = "braid_live";
 const LEAST_WIDTH = 380;
+const panels = new WeakMap();
 
 /** POST /braid/live/<noun>; the answer is the JSON that the chart takes. */
 async function ask(noun, body, signal) {
@@ -73,8 +74,9 @@ function addChart(node, { noun, chart, height, extra, liveWins }) {
   const { onExecuted } = node;
   node.onExecuted = function (output, ...args) {
     onExecuted?.call(this, output, ...args);
-    if (output?.braid_live && !(liveWins && panel.drawn)) panel.show(output.braid_live[0]);
+    if (output?.braid_live) panel.ran(output.braid_live[0], liveWins);
   };
+  panels.set(node, panel);
 }
 
 /**
@@ -91,6 +93,10 @@ function passMouseOn(element) {
   pass("pointerdown", (event) => event.button && app.canvas.processMouseDown(event));
   pass("contextmenu", (event) => event.preventDefault());
 }
+
+api.addEventListener("promptQueued", () => {
+  for (const node of everyNode(app.rootGraph ?? app.graph)) panels.get(node)?.queued();
+});
 
 app.registerExtension({
   name: "Braid.LiveCharts",

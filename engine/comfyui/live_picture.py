@@ -22,6 +22,7 @@ class LivePicture:
     previewer: Previewer | None
     _shown: np.ndarray | None = None
     _next_at: float = 0.0
+    _warm: bool = False
 
     def __call__(self, step: TrainingStep) -> Image.Image | None:
         """None, to leave the shown one, where drawing would take too large a share of the time."""
@@ -38,5 +39,7 @@ class LivePicture:
             f"{run.history.average(run.steps_per_epoch):.4g} · {run.seconds_per_step:.2f} s a step",
         )
         drawn = time.perf_counter()
-        self._next_at = drawn + (drawn - now) / DRAWING_SHARE
+        if self._warm:  # the first picture also loads matplotlib: its time says nothing
+            self._next_at = drawn + (drawn - now) / DRAWING_SHARE
+        self._warm = True
         return picture

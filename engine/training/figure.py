@@ -13,6 +13,8 @@ from .history import LossHistory, StepRecord, ValidationRecord
 INK, GRID, PAPER = "#d8dce6", "#3a4050", "#1c1f27"
 LOSS, SMOOTH, HELD_OUT = "#5b6b8c", "#6fb3ff", "#ffb454"
 SMOOTHING_SHARE = 0.05  # of the steps so far, the width of the smoothed line
+TEXT, TICKS = 12, 11
+"""Points. A node shows the picture at about two thirds of its size."""
 
 
 def draw_history(
@@ -21,15 +23,15 @@ def draw_history(
     """The loss curve of a run as a picture, the last sample (H, W, 3) in [0, 1] beside it."""
     figure = new_figure(6.4 if sample is None else 9.6, 3.6, dpi=100, paper=PAPER)
     if sample is None:
-        axes = figure.add_axes((0.11, 0.15, 0.86, 0.74))
+        axes = figure.add_axes((0.13, 0.17, 0.82, 0.72))
     else:
-        axes = figure.add_axes((0.075, 0.15, 0.57, 0.74))
-        beside = figure.add_axes((0.67, 0.05, 0.31, 0.84))
+        axes = figure.add_axes((0.087, 0.17, 0.545, 0.72))
+        beside = figure.add_axes((0.675, 0.05, 0.31, 0.84))
         beside.imshow(sample, interpolation="nearest")
         beside.set_axis_off()
-        beside.set_title("last sample", color=INK, fontsize=9)
+        beside.set_title("last sample", color=INK, fontsize=TEXT)
     _draw_losses(axes, history, steps)
-    axes.set_title(caption, color=INK, fontsize=9, loc="left")
+    axes.set_title(caption, color=INK, fontsize=TEXT, loc="left")
     return Image.fromarray(pixels_of(figure))
 
 
@@ -59,7 +61,9 @@ def _draw_losses(axes, history: LossHistory, steps: int) -> None:
     axes.set_facecolor(PAPER)
     numbers = [record.step for record in history.records]
     losses = history.losses
-    axes.plot(numbers, losses, color=LOSS, linewidth=0.8, label="loss of each step")
+    alone = "o" if len(losses) == 1 else None  # a line needs two points to be seen
+    label = "loss of each step"
+    axes.plot(numbers, losses, color=LOSS, linewidth=0.8, marker=alone, label=label)
     if len(losses) > 2:
         axes.plot(numbers, smoothed(losses), color=SMOOTH, linewidth=1.8, label="smoothed")
     if history.validations:
@@ -76,14 +80,14 @@ def _draw_losses(axes, history: LossHistory, steps: int) -> None:
     finite = [x for x in losses if math.isfinite(x)]
     if finite and max(finite) > 20 * max(min(finite), 1e-12):
         axes.set_yscale("log")
-    axes.set_xlabel("optimizer steps", color=INK, fontsize=9)
-    axes.set_ylabel("loss", color=INK, fontsize=9)
-    axes.tick_params(colors=INK, labelsize=8, which="both")
+    axes.set_xlabel("optimizer steps", color=INK, fontsize=TEXT)
+    axes.set_ylabel("loss", color=INK, fontsize=TEXT)
+    axes.tick_params(colors=INK, labelsize=TICKS, which="both")
     axes.grid(color=GRID, linewidth=0.5)
     for spine in axes.spines.values():
         spine.set_color(GRID)
     if losses:
-        axes.legend(fontsize=8, facecolor=PAPER, edgecolor=GRID, labelcolor=INK)
+        axes.legend(fontsize=TICKS, facecolor=PAPER, edgecolor=GRID, labelcolor=INK)
 
 
 def smoothed(losses: Sequence[float], share: float = SMOOTHING_SHARE) -> np.ndarray:

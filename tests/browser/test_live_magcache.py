@@ -49,6 +49,54 @@ def test_the_strip_follows_the_settings_and_the_steps_of_the_sampler(open_page, 
     page.wait_for_function(f"(id) => ({SENTENCE})(id).includes(\"'oops'\")", arg=cache)
 
 
+SKIPPED = """(id) => {
+  const element = app.graph.getNodeById(id).widgets.find((w) => w.name === "braid_live").element;
+  const cells = [...element.querySelectorAll(".braid-computed, .braid-skipped")];
+  return cells.flatMap((cell, index) => (cell.matches(".braid-skipped") ? [index] : []));
+}"""
+
+
+def test_the_strip_skips_only_in_the_range_and_at_the_steps_that_reach_the_sampler(open_page):
+    page = open_page({"Comfy.VueNodes.Enabled": False})
+    cache = page.evaluate(ADD, ["BraidMagCache", 0])
+    sampler = page.evaluate(ADD, ["KSampler", 500])
+    steps = page.evaluate(ADD, ["PrimitiveInt", 0])
+    page.evaluate(
+        """([cache, sampler, steps]) => {
+          const node = (id) => app.graph.getNodeById(id);
+          const slot = node(sampler).inputs.findIndex((input) => input.name === "steps");
+          node(cache).connect(0, node(sampler), 0);
+          node(steps).connect(0, node(sampler), slot);
+          app.canvas.ds.scale = 1;
+          app.canvas.ds.offset = [80, 80];
+        }""",
+        [cache, sampler, steps],
+    )
+    for node, name, value in (
+        (steps, "value", 50),
+        (cache, "preset", "HunyuanVideo-T2V 544p"),
+        (cache, "rule.interpolation", "nearest"),
+        (cache, "rule.retention_ratio", 0.0),
+        (cache, "start_percent", 0.4),
+        (cache, "end_percent", 0.6),
+    ):
+        page.evaluate(SET, [node, name, value])
+    page.wait_for_function(
+        f"(id) => {{ const s = ({SKIPPED})(id); return s.length && s[0] >= 20 && s.at(-1) < 30; }}",
+        arg=cache,
+    )
+    page.evaluate(SET, [steps, "value", 20])
+    page.evaluate(
+        "(id) => app.graph.convertToSubgraph(new Set([app.graph.getNodeById(id)]))", sampler
+    )
+    page.wait_for_function(
+        f"(id) => {{ const s = ({SKIPPED})(id); return s.length && s[0] >= 8 && s.at(-1) < 12; }}",
+        arg=cache,
+    )
+    page.evaluate(SET, [cache, "end_percent", 0.2])
+    page.wait_for_function(f"(id) => ({SENTENCE})(id).includes('start <= end')", arg=cache)
+
+
 def graph(prefix: str) -> dict:
     def node(kind, **inputs):
         return {"class_type": kind, "inputs": inputs}

@@ -25,7 +25,7 @@ const STYLE = `
   .braid-live:focus { outline: none; }
   .braid-live:focus-visible { outline: 2px solid ${COLOURS.line}; outline-offset: -2px; }
   .braid-live.braid-waiting > * { opacity: 0.45; }
-  .braid-live.braid-waiting::after { content: "waiting for the server…"; position: absolute; inset: auto 0 2px; text-align: center; }
+  .braid-live.braid-waiting::after { content: "waiting for the server…"; }
   .braid-live > header { flex: none; padding: 6px 12px 0; color: ${COLOURS.faint}; }
   .braid-live > header > div { overflow: hidden; display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2; }
   .braid-live > header > .braid-title { color: ${COLOURS.ink}; font-size: 12px; font-weight: 600; }
@@ -36,7 +36,8 @@ const STYLE = `
   .braid-column { fill: transparent; }
   .braid-column.braid-on { fill: color-mix(in srgb, ${COLOURS.ink} 18%, transparent); }
   .braid-live > .braid-note { flex: none; margin: 0; padding: 0 12px 4px; color: ${COLOURS.second}; }
-  .braid-live > .braid-reading { position: absolute; inset: auto 0 0; padding: 1px 8px; text-align: center;
+  .braid-live > .braid-reading, .braid-live.braid-waiting::after { position: absolute; inset: auto 2px 2px;
+    padding: 0 8px; text-align: center;
     pointer-events: none; color: ${COLOURS.ink}; background: var(--comfy-menu-bg, #222);
     border-top: 1px solid var(--border-color, #4e4e4e); }
   .braid-live > .braid-reading:empty { display: none; }

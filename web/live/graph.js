@@ -98,6 +98,6 @@ function holderOf(graph) {
 }
 
 /** All nodes of a graph and of the subgraphs in it. */
-function everyNode(graph) {
+export function everyNode(graph) {
   return (graph?.nodes ?? []).flatMap((node) => [node, ...(node.subgraph ? everyNode(node.subgraph) : [])]);
 }

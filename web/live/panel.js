@@ -38,6 +38,8 @@ export class LivePanel {
     this.ask = ask;
     this.face = new ChartFace(chart);
     this.question = "";
+    this.queuedAs = null;
+    this.run = null;
     this.timer = 0;
     this.askedAt = 0;
     this.request = new AbortController();
@@ -50,15 +52,19 @@ export class LivePanel {
     return this.face.element;
   }
 
-  /** Whether a chart is shown, not a sentence. */
-  get drawn() {
-    const { answer } = this.face;
-    return answer != null && !answer.error && !answer.message;
+  /** A run is queued with the widgets as they are. */
+  queued() {
+    this.queuedAs = this.observe();
   }
 
-  /** Show an answer that came with a run; it stays until the next change. */
-  show(answer) {
-    this.face.show(answer);
+  /**
+   * An answer that came with a run stands for the question that was queued, not for what the
+   * widgets say by now. It is shown instead of the live answer to that question; with `liveWins`
+   * only where that is a sentence.
+   */
+  ran(answer, liveWins = false) {
+    this.run = { question: this.queuedAs ?? this.observe(), answer, liveWins };
+    this.question = ""; // look again
   }
 
   #resized() {
@@ -92,7 +98,7 @@ export class LivePanel {
       question = this.observe();
       if (question === this.question) return;
       if (away.answer && performance.now() < away.until) return this.#answered("", away.answer);
-      if (remembered.has(question)) this.face.show(remembered.get(question));
+      if (remembered.has(question)) this.#show(question, remembered.get(question));
       const answer = await this.#asked(question);
       if (answer) this.#answered(question, answer);
     } catch (error) {
@@ -118,10 +124,15 @@ export class LivePanel {
 
   #answered(question, answer) {
     this.question = answer.again ? "" : question;
-    this.face.show(answer);
+    this.#show(question, answer);
     if (answer.again || answer.error) return;
     remembered.delete(question);
     remembered.set(question, answer);
     if (remembered.size > REMEMBERED) remembered.delete(remembered.keys().next().value);
+  }
+
+  #show(question, answer) {
+    const ran = this.run?.question === question && (!this.run.liveWins || answer.message);
+    this.face.show(ran ? this.run.answer : answer);
   }
 }

@@ -5,7 +5,7 @@ import { COLOURS, clipped, column, gap, label, line, path, short, svg, ticks } f
 
 const MARGIN = { left: 36, right: 12, top: 22, bottom: 32 };
 const LOSS_SHARE = 0.34;
-const LOSS_GAP = 20;
+const LOSS_GAP = 24;
 
 export const name = "Timestep distribution";
 
@@ -141,7 +141,7 @@ function lossPanel({ statistics, run }, x, top, bottom) {
     ...dots,
     line(x(0), bottom, x(1), bottom, { stroke: COLOURS.faint }),
     label(x(0) - 5, top + 6, short(most, 2), { anchor: "end" }),
-    label(x(0), top - 7, "loss of the run, mean ± standard error"),
+    label(x(0), top - 8, "loss of the run, mean ± standard error"),
   ];
 }
 
