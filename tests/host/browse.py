@@ -24,13 +24,15 @@ def chromium() -> str | None:
 
 
 @contextmanager
-def browsing(url: str, width: int = 1600, height: int = 1000) -> Iterator:
-    """A page with ComfyUI's graph ready, on an empty graph."""
+def browsing(url: str, width: int = 1600, height: int = 1000, density: float = 1) -> Iterator:
+    """A page with ComfyUI's graph ready, on an empty graph; `density` is pixels per CSS pixel."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as api:
         browser = api.chromium.launch(executable_path=chromium(), args=CHROMIUM_ARGUMENTS)
-        page = browser.new_page(viewport={"width": width, "height": height})
+        page = browser.new_page(
+            viewport={"width": width, "height": height}, device_scale_factor=density
+        )
         page.goto(url)
         page.wait_for_function(READY)
         page.evaluate("app.graph.clear()")
