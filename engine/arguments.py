@@ -24,9 +24,12 @@ _SPACED_KEY = re.compile(r"(\w+)[ \t]+=[ \t]*")
 LITERALS = "a Python literal such as 0.01, True, None, 'text' or (0.9, 0.99)"
 
 
-def parse_arguments(text: str, option: str = "network_args") -> dict[str, str]:
+def parse_arguments(
+    text: str, option: str = "network_args", unquote: bool = True
+) -> dict[str, str]:
     """`key=value` tokens of `text` in the order given; keys and values without outer blanks.
 
+    `unquote`: take quotes around a whole value off, as a shell does from key="value".
     Raises ValueError, naming the token, for one without `=`, without a key, or given twice.
     """
     arguments: dict[str, str] = {}
@@ -39,7 +42,7 @@ def parse_arguments(text: str, option: str = "network_args") -> dict[str, str]:
             )
         if key in arguments:
             raise ValueError(f"{option}: {key} is given twice; keep one of the two")
-        arguments[key] = _unquoted(value.strip())
+        arguments[key] = _unquoted(value.strip()) if unquote else value.strip()
     return arguments
 
 

@@ -94,14 +94,21 @@ class BraidOptimizer(io.ComfyNode):
 
 def _literals(text: str, option: str) -> dict[str, object]:
     """key=value lines with Python literals; a bare word stays text."""
-    return {key: _literal(key, value) for key, value in parse_arguments(text, option).items()}
+    given = parse_arguments(text, option, unquote=False)
+    return {key: _literal(key, value) for key, value in given.items()}
 
 
 def _literal(key: str, value: str) -> object:
     words = {"true": True, "false": False, "none": None}  # "false" as text would count as true
     if value.lower() in words:
         return words[value.lower()]
-    return value if value.isidentifier() else parse_literal(key, value)
+    literal = value if value.isidentifier() else parse_literal(key, value)
+    if literal == value or not isinstance(literal, str):
+        return literal
+    try:
+        return _literal(key, literal)  # quotes that a shell would have taken off
+    except ValueError:
+        return literal  # quotes of a Python text
 
 
 NODES = [BraidOptimizer]

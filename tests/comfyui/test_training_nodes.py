@@ -45,6 +45,18 @@ def test_optimizer_arguments_are_python_literals_or_a_bare_word():
     assert spec.lr_scheduler_args == {"power": 2.0}
 
 
+def test_quotes_are_those_of_a_shell_or_of_a_python_text():
+    text = """betas="(0.9, 0.99)" "amsgrad=True" note='two words' mode="fast" """
+    assert optimizer(optimizer_args=text).optimizer_args == {
+        "betas": (0.9, 0.99),
+        "amsgrad": True,
+        "note": "two words",
+        "mode": "fast",
+    }
+    spec = optimizer(lr_scheduler="warmup_stable_decay", lr_scheduler_args="decay_type='1-sqrt'")
+    assert spec.lr_scheduler_args == {"decay_type": "1-sqrt"}
+
+
 def test_true_false_and_none_are_no_words_in_whatever_case():
     text = "amsgrad=false\nmaximize=TRUE\nforeach=none"
     spec = optimizer(optimizer_args=text)
