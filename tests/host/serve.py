@@ -26,7 +26,9 @@ from pathlib import Path
 from .find import PACK, find_comfyui
 
 OPTIONAL = ("tensorboard", "wandb", "bitsandbytes", "prodigyopt", "schedulefree")
-"""What requirements.txt does not name: absent from this server, as after an installation."""
+"""What requirements.txt does not name: absent from a server, as after an installation."""
+ABSENT = "BRAID_ABSENT_PACKAGES"
+"""The environment variable that tells the launcher which packages to hide."""
 PACK_FOLDER = "My-Pack"
 """Not the package's name, so that nothing can depend on it."""
 FOLDERS = ("output", "input", "temp", "user/default", "models", "custom_nodes")
@@ -45,7 +47,13 @@ class Server:
         """Holds ComfyUI's folders, and HOME and TMPDIR of the process as home/ and tmp/."""
 
     @classmethod
-    def start(cls, *arguments: str, settings: dict | None = None, timeout: float = 180) -> "Server":
+    def start(
+        cls,
+        *arguments: str,
+        settings: dict | None = None,
+        absent: tuple[str, ...] = OPTIONAL,
+        timeout: float = 180,
+    ) -> "Server":
         """Start and wait until it answers; RuntimeError with its log when it does not."""
         comfyui = find_comfyui()
         if comfyui is None:
@@ -63,6 +71,7 @@ class Server:
         environment = os.environ | {
             "COMFYUI_PATH": str(comfyui),
             "PYTHONDONTWRITEBYTECODE": "1",
+            ABSENT: " ".join(absent),
             "PYTHONUSERBASE": site.getuserbase(),  # packages of a user, who has another HOME here
             "HOME": str(base / "home"),
             "TMPDIR": str(base / "tmp"),
@@ -173,7 +182,8 @@ def _launch() -> None:
     root = find_comfyui()
     sys.path[:] = [str(root), *(p for p in sys.path if Path(p or ".").resolve() != Path.cwd())]
     stand_ins.install()
-    sys.modules.update(dict.fromkeys(OPTIONAL))  # importing None raises ModuleNotFoundError
+    absent = os.environ.get(ABSENT, "").split()
+    sys.modules.update(dict.fromkeys(absent))  # importing None raises ModuleNotFoundError
     sys.argv[0] = str(root / "main.py")
     os.chdir(root)
     runpy.run_path(sys.argv[0], run_name="__main__")

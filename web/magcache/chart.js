@@ -3,7 +3,7 @@
 
 import { COLOURS, column, label, line, short, svg } from "../live/svg.js";
 
-const MARGIN = { left: 40, right: 14, top: 6, bottom: 30 };
+const MARGIN = { left: 48, right: 14, top: 6, bottom: 30 };
 const STRIP = 20;
 const ROOM_FOR_STEP = 38;
 
