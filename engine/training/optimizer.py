@@ -177,12 +177,25 @@ class Optimization:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state` was taken, at the rate that this run's schedule has there."""
         self.optimizer.load_state_dict(state["optimizer"])
+        _restore_dtypes(self.optimizer, state["optimizer"]["state"])
         schedule = self._schedule
         schedule.load_state_dict(state["schedule"])
         for group, base, factor in zip(
             self.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
         ):
             group["lr"] = base * factor(schedule.last_epoch)
+
+
+def _restore_dtypes(
+    optimizer: torch.optim.Optimizer, saved: Mapping[int, Mapping[str, Any]]
+) -> None:
+    """Loading casts state to its parameter's dtype; ProdigyPlus counts on its bfloat16 parts."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, entries in saved.items():
+        loaded = optimizer.state[parameters[index]]
+        for name, value in entries.items():
+            if isinstance(value, torch.Tensor) and name in loaded:
+                loaded[name] = loaded[name].to(value.dtype)
 
 
 def find_optimizer_class(optimizer_type: str) -> type[torch.optim.Optimizer]:

@@ -76,7 +76,7 @@ class Saver:
         if self.checkpointing.save_state:
             try:
                 self.save_state(run)
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 logger.warning("the state of the finished run was not saved (%s)", error)
         return self.final
 

@@ -22,10 +22,11 @@ FORMAT = "braid training state 2"
 def write_state(path: Path, state: Mapping[str, Any]) -> None:
     """Write a nested state (dicts, lists, tensors, JSON scalars) to one file, or nothing.
 
+    A tensor that stands in several places, as the code books of 8-bit optimizers, is written once.
     ValueError for anything else in it: it could only be saved by pickling.
     """
     tensors: dict[str, Tensor] = {}
-    skeleton = json.dumps(_flatten(state, "", tensors))
+    skeleton = json.dumps(_flatten(state, "", tensors, {}))
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     checksum = _checksum(skeleton, tensors)
     write_safetensors(path, tensors, {"format": FORMAT, "state": skeleton, "crc32": checksum})
@@ -57,15 +58,18 @@ def _checksum(skeleton: str, tensors: Mapping[str, Tensor]) -> str:
     return f"{checksum:08x}"
 
 
-def _flatten(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        tensors[key] = value
-        return {"tensor": key}
+def _flatten(value: Any, key: str, tensors: dict[str, Tensor], keys: dict[int, str]) -> Any:
+    """The JSON part of `value`; its tensors go into `tensors`, whose keys by identity are `keys`."""
+    if type(value) in (Tensor, torch.nn.Parameter):  # a subclass holds what a file cannot
+        first = keys.setdefault(id(value), key)
+        tensors[first] = value
+        return {"tensor": first}
     if isinstance(value, Mapping):
-        items = [[k, _flatten(v, f"{key}/{k}", tensors)] for k, v in value.items()]
+        items = [[k, _flatten(v, f"{key}/{k}", tensors, keys)] for k, v in value.items()]
         return {"items": items}
     if isinstance(value, (list, tuple)):
-        return {"list": [_flatten(v, f"{key}/{i}", tensors) for i, v in enumerate(value)]}
+        items = [_flatten(v, f"{key}/{i}", tensors, keys) for i, v in enumerate(value)]
+        return {"tuple" if isinstance(value, tuple) else "list": items}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise ValueError(
@@ -81,4 +85,6 @@ def _rebuild(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         return tensors[value["tensor"]]
     if "items" in value:
         return {k: _rebuild(v, tensors) for k, v in value["items"]}
+    if "tuple" in value:
+        return tuple(_rebuild(v, tensors) for v in value["tuple"])
     return [_rebuild(v, tensors) for v in value["list"]]

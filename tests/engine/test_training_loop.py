@@ -20,7 +20,7 @@ from comfyui_braid.engine.network.spec import NetworkSpec
 from comfyui_braid.engine.timesteps.sampling import TimestepSampling
 from comfyui_braid.engine.training.dataset import Dataset, TrainingItem
 from comfyui_braid.engine.training.loop import TrainingDiverged
-from comfyui_braid.engine.training.optimizer import OptimizerSpec
+from comfyui_braid.engine.training.optimizer import OPTIMIZERS, OptimizerSpec
 from comfyui_braid.engine.training.saving import find_state, resumed
 from comfyui_braid.engine.training.state import read_state, write_state
 
@@ -79,14 +79,14 @@ def test_a_resume_is_exact_with_limited_weight_norms_which_the_history_keeps(tmp
         OptimizerSpec(optimizer_type="AdamWScheduleFree"),
         OptimizerSpec(optimizer_type="Prodigy"),
         OptimizerSpec(optimizer_type="Adafactor"),
+        OptimizerSpec(optimizer_type="AdamW8bit", optimizer_args={"min_8bit_size": 1}),
         OptimizerSpec(lr_scheduler="rex", lr_warmup_steps=2),
     ],
     ids=lambda spec: f"{spec.optimizer_type}-{spec.lr_scheduler}",
 )
 def test_a_resume_is_exact_with_every_kind_of_optimizer(optimizer, tmp_path):
-    if optimizer.optimizer_type in ("AdamWScheduleFree", "Prodigy"):
-        package = {"AdamWScheduleFree": "schedulefree", "Prodigy": "prodigyopt"}
-        pytest.importorskip(package[optimizer.optimizer_type])
+    if optimizer.optimizer_type != "AdamW":
+        pytest.importorskip(OPTIMIZERS[optimizer.optimizer_type].split(".")[0])
     rate = 1.0 if optimizer.optimizer_type == "Prodigy" else 1e-3
     plan = dataclasses.replace(PLAN, steps=4, learning_rate=rate)
     uninterrupted_and_resumed(tmp_path, 2, lambda: make_run(plan, optimizer=optimizer))

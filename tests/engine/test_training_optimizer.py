@@ -52,6 +52,8 @@ def run(spec, *rates, steps=10):
         ("Adagrad", None),
         ("torch.optim.NAdam", None),
         ("Adafactor", "transformers"),
+        ("AdamW8bit", "bitsandbytes"),
+        ("bitsandbytes.optim.AdEMAMix8bit", "bitsandbytes"),
         ("Prodigy", "prodigyopt"),
         ("AdamWScheduleFree", "schedulefree"),
         ("schedulefree.RAdamScheduleFree", "schedulefree"),
@@ -326,3 +328,16 @@ def test_rex_warm_up_starts_low_and_keeps_the_ratio_where_musubi_does_neither(ca
 
 def test_rex_ends_at_its_minimum():
     assert rex(10, steps=10, warmup_steps=0) == pytest.approx(0.01)
+
+
+def test_state_is_loaded_in_the_precision_it_was_kept_in():
+    """torch casts it to the dtype of the weights; ProdigyPlus keeps some of it in bfloat16."""
+    spec = OptimizerSpec(optimizer_type="SGD", optimizer_args={"momentum": 0.9})
+    first, _ = run(spec)
+    (state,) = first.optimizer.state.values()
+    state["momentum_buffer"] = state["momentum_buffer"].bfloat16()
+    second, _ = run(spec)
+    second.load_state_dict(first.state_dict())
+    (loaded,) = second.optimizer.state.values()
+    assert loaded["momentum_buffer"].dtype == torch.bfloat16
+    assert torch.equal(loaded["momentum_buffer"], state["momentum_buffer"])

@@ -290,7 +290,7 @@ def test_states_hold_tensors_numbers_and_text_exactly(tmp_path):
         "a": [1, 2.5, None, True, "text", {"b": torch.arange(3), 4: torch.tensor(1.5)}],
         "bf16": torch.randn(2, 3).bfloat16(),
         "empty": torch.zeros(0, 2),
-        "nested": {"inf": float("inf"), "tiny": 5e-324},
+        "nested": {"inf": float("inf"), "tiny": 5e-324, "version": (2, 0)},
     }
     write_state(tmp_path / "x.state", state)
     back = read_state(tmp_path / "x.state")
@@ -299,9 +299,23 @@ def test_states_hold_tensors_numbers_and_text_exactly(tmp_path):
     assert torch.equal(back["bf16"], state["bf16"]) and back["empty"].shape == (0, 2)
 
 
-def test_an_optimizer_state_that_only_pickle_could_save_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="optimizer/group is a object"):
-        write_state(tmp_path / "x.state", {"optimizer": {"group": object()}})
+def test_a_tensor_in_several_places_is_written_once(tmp_path):
+    """As the code book that all states of an 8-bit optimizer share; files have no aliases."""
+    book = torch.randn(10_000)
+    write_state(tmp_path / "x.state", {"a": {"book": book}, "b": [book]})
+    assert (tmp_path / "x.state").stat().st_size < 60_000
+    back = read_state(tmp_path / "x.state")
+    assert torch.equal(back["a"]["book"], book) and torch.equal(back["b"][0], book)
+
+
+class Packed(torch.Tensor):
+    """As torchao's 8-bit states: values that are computed from tensors inside."""
+
+
+@pytest.mark.parametrize("unsavable", [object(), torch.zeros(2).as_subclass(Packed)])
+def test_an_optimizer_state_that_only_pickle_could_save_is_refused(unsavable, tmp_path):
+    with pytest.raises(ValueError, match="optimizer/group is a (object|Packed); turn save_state"):
+        write_state(tmp_path / "x.state", {"optimizer": {"group": unsavable}})
     assert names(tmp_path) == []
 
 
