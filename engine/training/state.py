@@ -59,7 +59,7 @@ def _checksum(skeleton: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 def _flatten(value: Any, key: str, tensors: dict[str, Tensor], keys: dict[int, str]) -> Any:
-    """The JSON part of `value`; its tensors go into `tensors`, whose keys by identity are `keys`."""
+    """The JSON part of `value`. Its tensors go into `tensors`, under `keys` by their identity."""
     if type(value) in (Tensor, torch.nn.Parameter):  # a subclass holds what a file cannot
         first = keys.setdefault(id(value), key)
         tensors[first] = value
