@@ -15,6 +15,7 @@ from ..training.loop import TrainingRun, TrainingStep
 from ..training.options import Compilation
 from .checkpointing import find_blocks, outermost
 from .frozen import forward_replaced
+from .inplace import is_guarded
 
 logger = logging.getLogger("comfyui_braid.training")
 
@@ -37,15 +38,22 @@ class Compiled:
         """For the report: how many blocks are compiled, or why none is."""
         return self.failure or (f"{self.blocks} blocks" if self.blocks else "no")
 
-    def turn_off(self, error: Exception) -> None:
+    def turn_off(self, reason: str) -> None:
         """Run every block as it is from now on."""
-        self.failure = f"torch.compile failed ({type(error).__name__}: {error})"
-        logger.warning("%s; the run goes on without it", self.failure)
+        self.failure = reason
+        logger.warning("%s; the run goes on without it", reason)
 
     def forward(self, plain: Callable[..., Any], compilation: Compilation) -> Callable[..., Any]:
         """`plain` through torch.compile, while that is on and gradients are wanted."""
+
+        def isolated(*args: Any, **kwargs: Any) -> Any:
+            # What a block changes in place, other blocks have saved for backward. Compiled, the
+            # copies cost nothing: the block computes into new memory anyway.
+            kwargs = {name: _clone(value) for name, value in kwargs.items()}
+            return plain(*[_clone(value) for value in args], **kwargs)
+
         fast = torch.compile(
-            plain,
+            isolated,
             backend=compilation.dynamo_backend,
             mode=None if compilation.dynamo_mode == "default" else compilation.dynamo_mode,
             fullgraph=compilation.dynamo_fullgraph,
@@ -53,6 +61,8 @@ class Compiled:
         )
 
         def forward(*args: Any, **kwargs: Any) -> Any:
+            if self.is_on and is_guarded():
+                self.turn_off("torch.compile is off: this model changes what autograd has saved")
             # the host samples previews in inference mode: other code, not worth compiling
             compile_it = self.is_on and not torch.is_inference_mode_enabled()
             return (fast if compile_it else plain)(*args, **kwargs)
@@ -107,6 +117,10 @@ def compiled(model: nn.Module, compilation: Compilation | None) -> Iterator[Comp
         yield result
 
 
+def _clone(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else value
+
+
 def _alias(weight: torch.Tensor) -> torch.Tensor:
     """A tensor that is no inference tensor, in the memory of `weight`."""
     alias = torch.empty(0, dtype=weight.dtype, device=weight.device)
@@ -135,7 +149,7 @@ def compiled_steps(run: TrainingRun, compilation: Compiled) -> Iterator[Training
         first = run.step == started_at  # whatever broke it, it is worth trying without
         if not (compilation.is_on and (first or _is_of_the_compiler(error))):
             raise
-        compilation.turn_off(error)
+        compilation.turn_off(f"torch.compile failed ({type(error).__name__}: {error})")
         yield from run.steps()
 
 

@@ -10,9 +10,15 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 guarded = torch.autograd.graph.allow_mutation_on_saved_tensors
 """Context manager for forward and backward in which in-place changes are exact; does not nest."""
+
+
+def is_guarded() -> bool:
+    """Whether `guarded`, or any other mode that looks at every operation, is entered."""
+    return is_in_torch_dispatch_mode()
 
 
 def differentiates(outputs: Sequence[Tensor]) -> bool:

@@ -37,11 +37,14 @@ import psutil  # noqa: E402
 import tiny_models  # noqa: E402
 import torch  # noqa: E402
 
+from comfyui_braid.engine.comfyui.compilation import compiled  # noqa: E402
 from comfyui_braid.engine.comfyui.denoiser import _attention, training_session  # noqa: E402
+from comfyui_braid.engine.comfyui.model import diffusion_model_of  # noqa: E402
 from comfyui_braid.engine.network.architectures import architecture_of  # noqa: E402
 from comfyui_braid.engine.network.attach import attached, build_network  # noqa: E402
 from comfyui_braid.engine.network.spec import NetworkSpec  # noqa: E402
 from comfyui_braid.engine.network.targets import select_targets  # noqa: E402
+from comfyui_braid.engine.training.options import Compilation  # noqa: E402
 
 RANK = 16
 NAME = "bench_flux"
@@ -81,40 +84,47 @@ class Storages:
 
 
 class Ours:
-    """Our session, with or without adapters."""
+    """Our session, with or without adapters and torch.compile."""
 
-    def __init__(self, patcher, checkpointing: bool, adapters: bool):
+    def __init__(self, patcher, checkpointing: bool, adapters: bool, compilation=None):
         self.patcher, self.checkpointing, self.adapters = patcher, checkpointing, adapters
+        self.compilation = compilation
         self.saved, self.growth = float("nan"), 0.0
 
     def run(self, steps: int) -> list[float]:
         times = []
-        before = resident()
-        with training_session(
-            self.patcher,
-            compute_dtype=torch.float32,
-            gradient_checkpointing=self.checkpointing,
-        ) as denoiser:
+        with contextlib.ExitStack() as stack:
+            model = diffusion_model_of(self.patcher)
+            compilation = stack.enter_context(compiled(model, self.compilation))
+            before = resident()
+            session = training_session(
+                self.patcher,
+                compute_dtype=torch.float32,
+                gradient_checkpointing=self.checkpointing,
+            )
+            denoiser = stack.enter_context(session)
+            stack.enter_context(compilation.savable_weights(model))
             self.growth = max(self.growth, resident() - before)
             network = build_network(targets(denoiser.model), NetworkSpec(rank=RANK), seed=0)
-            with contextlib.ExitStack() as stack:
+            if self.adapters:
+                stack.enter_context(attached(model, network))
+            latents, cond = denoiser.prepare(
+                tiny_models.latent(NAME), tiny_models.conditioning(NAME, tokens=8)
+            )
+            optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
+            for step in range(steps + 1):
+                start = time.process_time()
+                saved = Storages(network.parameters())
+                looked_at = step == 0 and self.compilation is None  # hooks break compiled code
+                with saved.hooks() if looked_at else contextlib.nullcontext():
+                    loss = self.loss(denoiser, latents, cond)
+                loss.backward()
                 if self.adapters:
-                    stack.enter_context(attached(denoiser.diffusion_model, network))
-                latents, cond = denoiser.prepare(
-                    tiny_models.latent(NAME), tiny_models.conditioning(NAME, tokens=8)
-                )
-                optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
-                for step in range(steps + 1):
-                    start = time.process_time()
-                    saved = Storages(network.parameters())
-                    with saved.hooks() if step == 0 else contextlib.nullcontext():
-                        loss = self.loss(denoiser, latents, cond)
-                    loss.backward()
-                    if self.adapters:
-                        optimizer.step()
-                        optimizer.zero_grad()
-                    times.append(time.process_time() - start)
-                    self.saved = saved.megabytes if step == 0 else self.saved
+                    optimizer.step()
+                    optimizer.zero_grad()
+                times.append(time.process_time() - start)
+                self.saved = saved.megabytes if looked_at else self.saved
+        assert not compilation.failure
         return times[1:]
 
     def loss(self, denoiser, latents, cond):
@@ -318,7 +328,9 @@ def main() -> None:
         "frozen, no adapters (ours)": Ours(patcher, False, False),
         "frozen, no adapters (host's layers, guard)": HostFrozen(normal),
         "ours": Ours(patcher, False, True),
+        "ours, compiled": Ours(patcher, False, True, Compilation()),
         "ours, checkpointed": Ours(patcher, True, True),
+        "ours, checkpointed, compiled": Ours(patcher, True, True, Compilation()),
         "core default, checkpointed, same layers": Core(normal, False, layers),
         "core bypass, checkpointed, same layers": Core(normal, True, layers),
         "core default, checkpointed, all": Core(normal, False, None),

@@ -1,7 +1,9 @@
 """Blocks through torch.compile: the same losses, the MODEL as it was, and a way back."""
 
+import collections
 import dataclasses
 import logging
+import shutil
 
 import comfy.sd
 import pytest
@@ -9,6 +11,7 @@ import torch
 from fp8_files import write_model
 from test_training_run import PLAN, run, silent, training
 from tiny_models import build, sampled
+from torch._inductor.compile_fx import compile_fx
 
 from comfyui_braid.engine.comfyui.compilation import compiled
 from comfyui_braid.engine.comfyui.loader import Fp8Request, load_fp8
@@ -57,6 +60,36 @@ def test_a_compiled_run_has_the_losses_of_a_plain_one_and_leaves_the_model_alone
     assert all(weights[key] is p for key, p in patcher.model.named_parameters())
     assert not any("forward" in vars(module) for module in patcher.model.modules())
     assert torch._dynamo.config.cache_size_limit == limit
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="inductor needs a C++ compiler on a CPU")
+def test_every_step_runs_compiled_code_also_where_blocks_change_their_inputs_in_place(tmp_path):
+    """Inductor saves what the next FLUX block would change: then torch compiles nothing more."""
+    runs = collections.Counter()
+
+    def inductor(graph, inputs):
+        code = compile_fx(graph, inputs)
+        return lambda *args: runs.update(["block"]) or code(*args)
+
+    torch._dynamo.register_backend(inductor, name="counted_inductor")
+    plan = dataclasses.replace(SHORT, gradient_checkpointing=False, steps=3)
+    plain = run("flux", tmp_path, plan=plan)
+    trained = run("flux", tmp_path, plan=plan, options=options(dynamo_backend="counted_inductor"))
+    assert trained.loss_map["loss"] == pytest.approx(plain.loss_map["loss"], rel=1e-5)
+    assert trained.report["compiled"] == "6 blocks" and runs["block"] == 6 * 3
+
+
+def test_a_model_that_autograd_must_be_guarded_on_says_that_it_is_not_compiled(
+    tmp_path, monkeypatch
+):
+    """Under torch's guard nothing is compiled, in silence."""
+    differs = "comfyui_braid.engine.comfyui.denoiser.differentiates"
+    monkeypatch.setattr(differs, lambda outputs: False)
+    plan = dataclasses.replace(SHORT, gradient_checkpointing=False)
+    plain = run("flux", tmp_path, plan=plan)
+    trained = run("flux", tmp_path, plan=plan, options=options())
+    assert "changes what autograd has saved" in trained.report["compiled"]
+    assert trained.loss_map["loss"] == pytest.approx(plain.loss_map["loss"], rel=1e-5)
 
 
 def test_code_of_a_block_without_adapters_never_serves_a_block_with_them(tmp_path):
