@@ -49,7 +49,7 @@ def replaced_when_whole(path: Path) -> Iterator[Path]:
     try:
         temporary.touch(exist_ok=False)
         yield temporary
-        with temporary.open("rb") as written:
+        with temporary.open("r+b") as written:  # Windows flushes only what may be written to
             os.fsync(written.fileno())
         os.replace(temporary, path)
     except BaseException:
