@@ -27,6 +27,8 @@ DTYPES = {
     "I8": torch.int8,
     "F8_E5M2": torch.float8_e5m2,
     "F8_E4M3": torch.float8_e4m3fn,
+    # from torch 2.7 on
+    **({"F8_E8M0": torch.float8_e8m0fnu} if hasattr(torch, "float8_e8m0fnu") else {}),
     "I16": torch.int16,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
@@ -35,7 +37,8 @@ DTYPES = {
     "F64": torch.float64,
     "I64": torch.int64,
 }
-"""safetensors' name of each dtype an adapter may hold, in the order that safetensors sorts by."""
+"""safetensors' name of each dtype that Braid reads, in the order that safetensors sorts by."""
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @contextmanager
