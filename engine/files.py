@@ -213,6 +213,15 @@ def sshs_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> d
     }
 
 
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file in memory of their own.
+
+    safetensors maps them: Windows would not let the file be replaced while they are in use, and
+    what another program writes over it would be seen in them.
+    """
+    return {key: tensor.clone() for key, tensor in safetensors.torch.load_file(path).items()}
+
+
 def write_safetensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> None:

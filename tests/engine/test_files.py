@@ -1,8 +1,9 @@
 import os
 
 import pytest
+import torch
 
-from comfyui_braid.engine.files import replaced_when_whole
+from comfyui_braid.engine.files import read_tensors, replaced_when_whole, write_safetensors
 
 
 def test_a_file_is_flushed_through_a_handle_that_may_write_as_windows_demands(
@@ -15,3 +16,13 @@ def test_a_file_is_flushed_through_a_handle_that_may_write_as_windows_demands(
         temporary.write_bytes(b"whole")
     assert [mode & os.O_ACCMODE for mode in modes] == [os.O_RDWR]
     assert (tmp_path / "file").read_bytes() == b"whole"
+
+
+def test_tensors_that_were_read_stay_as_they_are_when_their_file_is_written_over(tmp_path):
+    path = tmp_path / "lora.safetensors"
+    write_safetensors(path, {"down": torch.ones(64, 64)}, {})
+    read = read_tensors(path)
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        file.write(b"\xff" * size)
+    assert read["down"].eq(1).all()
