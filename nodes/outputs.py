@@ -1,5 +1,6 @@
 """Where nodes write: what is typed, as a place inside ComfyUI's output folder."""
 
+import contextlib
 from pathlib import Path
 
 import folder_paths
@@ -11,6 +12,19 @@ FORBIDDEN_IN_NAMES = '/\\<>:"|?*'
 
 def output_folder() -> Path:
     return Path(folder_paths.get_output_directory())
+
+
+def loras_folder() -> Path:
+    return output_folder() / "loras"
+
+
+def newest_first(folder: Path, pattern: str) -> list[Path]:
+    """The files below `folder` that match a glob, without links to nothing."""
+    written = {}
+    for path in folder.rglob(pattern):
+        with contextlib.suppress(OSError):  # a run may prune one meanwhile
+            written[path] = path.stat().st_mtime
+    return sorted(written, key=written.__getitem__, reverse=True)
 
 
 def inside_output(option: str, typed: str, below: str = "") -> Path:

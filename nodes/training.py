@@ -15,7 +15,7 @@ from ..engine.training.optimizer import OptimizerSpec
 from ..engine.training.options import TrainingOptions
 from ..engine.training.plan import LOSS_TYPES, MIXED_PRECISIONS, TrainingPlan
 from . import live, sockets
-from .outputs import output_folder
+from .outputs import loras_folder
 
 
 class BraidTrainLora(io.ComfyNode):
@@ -229,7 +229,7 @@ class BraidTrainLora(io.ComfyNode):
                 options=chosen,
                 pairs=pair_items(latents, positive),
                 held_out=pair_items(held_out.latents, held_out.conditioning) if held_out else (),
-                loras=output_folder() / "loras",
+                loras=loras_folder(),
             ),
             functools.partial(live.say, cls.hidden.unique_id),
         )
