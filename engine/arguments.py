@@ -85,8 +85,9 @@ def parse_float(key: str, value: str, allowed: str = "a number such as 0.1") -> 
     return number
 
 
-def parse_int(key: str, value: str, allowed: str = "a whole number such as 8") -> int:
+def parse_int(key: str, value: str) -> int:
     """`value` as an int; 8.0 is one, 8.5 is not."""
+    allowed = "a whole number such as 8"
     number = parse_float(key, value, allowed)
     if number != int(number):
         raise ValueError(f"{key}={value}: not {allowed}")

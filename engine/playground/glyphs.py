@@ -37,10 +37,7 @@ SLANT = 0.40  # horizontal shift per unit of height
 CHECKER_PIXELS = 2
 
 LUMA = (0.299, 0.587, 0.114)  # Rec. 601
-LATENT_SCALE, LATENT_SHIFT = (
-    0.3611,
-    0.1159,
-)  # of FLUX's autoencoder, as ComfyUI's latent_formats.Flux
+LATENT_SCALE, LATENT_SHIFT = 0.3611, 0.1159  # of FLUX's VAE, as ComfyUI's latent_formats.Flux
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
