@@ -4,7 +4,6 @@ import os
 from pathlib import Path
 
 from comfy_api.latest import io
-from typing_extensions import override
 
 from ..engine.checkpoints import Checkpoints, find_checkpoints
 from . import sockets
@@ -29,7 +28,6 @@ def _run_folders() -> list[str]:
 
 class BraidLoadCheckpoints(io.ComfyNode):
     @classmethod
-    @override
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="BraidLoadCheckpoints",
@@ -70,13 +68,11 @@ class BraidLoadCheckpoints(io.ComfyNode):
         )
 
     @classmethod
-    @override
     def validate_inputs(cls, folder: str, path: str = "") -> bool:
         """Any folder may be typed; whether it exists is said when the node runs."""
         return True
 
     @classmethod
-    @override
     def fingerprint_inputs(cls, folder: str, pattern: str, path: str = "") -> str:
         """Changes with the files: their names, times and sizes."""
         chosen = chosen_folder(folder, path)
@@ -87,7 +83,6 @@ class BraidLoadCheckpoints(io.ComfyNode):
         return repr([(name, stat.st_mtime_ns, stat.st_size) for name, stat in stats])
 
     @classmethod
-    @override
     def execute(cls, folder: str, pattern: str, path: str = "") -> io.NodeOutput:
         return io.NodeOutput(load_checkpoints(folder, pattern, path))
 
