@@ -8,7 +8,7 @@ One parser for all three. Accepted layouts, freely mixed:
 
 A token is split at its first `=`, so that a value may contain more of them (musubi refuses those).
 Values stay strings here; `parse_literal` and its typed relatives turn one into a Python value, by
-`ast.literal_eval` only.
+`ast.literal_eval` only; `parse_patterns` reads the patterns of one value, or of a widget.
 """
 
 import ast
@@ -102,6 +102,20 @@ def parse_bool(key: str, value: str) -> bool:
     return words[value.strip().lower()]
 
 
+def parse_patterns(key: str, text: str) -> tuple[str, ...]:
+    """Regexes, one a line (blank ones skipped), or musubi's Python list [r'…', r'…']."""
+    text = text.strip()
+    if not re.match(r"[\[(]\s*([rR]?['\"]|[\])]$)", text):
+        return tuple(_bare_regex(line.strip()) for line in text.splitlines() if line.strip())
+    allowed = "one regular expression a line, or a Python list such as [r'.*single_blocks.*']"
+    patterns = parse_literal(key, text, allowed)
+    if isinstance(patterns, str):  # ('…') is a string in brackets, not a tuple
+        patterns = [patterns]
+    if not isinstance(patterns, list | tuple) or not all(isinstance(p, str) for p in patterns):
+        raise ValueError(f"{key}={text}: not {allowed}")
+    return tuple(patterns)
+
+
 def _tokens(text: str, option: str) -> list[str]:
     """Split at blanks and commas outside quotes and brackets; shell and TOML quotes are removed."""
     text = re.sub(r"\\\n", "\n", text)  # a command line continued with a backslash
@@ -181,3 +195,9 @@ def _unquoted(value: str) -> str:
     if len(value) >= 2 and value[0] in "\"'" and value.find(value[0], 1) == len(value) - 1:
         return value[1:-1]
     return value
+
+
+def _bare_regex(line: str) -> str:
+    """A line of a pattern widget; r'…' and '…' around it, as copied from a list, are removed."""
+    quoted = re.fullmatch(r"[rR]?(['\"])(.*)\1,?", line)
+    return quoted.group(2) if quoted else line

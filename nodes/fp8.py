@@ -6,6 +6,7 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io, ui
 
+from ..engine.arguments import parse_patterns
 from ..engine.canvas import as_image
 from ..engine.comfyui.fp8_save import save_fp8
 from ..engine.comfyui.loader import Fp8Request, load_fp8
@@ -149,7 +150,8 @@ class BraidFp8Loader(io.ComfyNode):
             block_size=granularity.get("block_size", 64),
             scale_search=scale_search,
             patterns=LayerPatterns(
-                include=_lines(include_patterns), exclude=_lines(exclude_patterns)
+                include=parse_patterns("include_patterns", include_patterns),
+                exclude=parse_patterns("exclude_patterns", exclude_patterns),
             ),
         )
         loaded = load_fp8(
@@ -196,10 +198,6 @@ class BraidSaveFp8(io.ComfyNode):
         path = next_file(filename_prefix, ".safetensors")
         save_fp8(model, path)
         return io.NodeOutput(str(path), ui=ui.PreviewText(str(path)))
-
-
-def _lines(patterns: str) -> tuple[str, ...]:
-    return tuple(line.strip() for line in patterns.splitlines() if line.strip())
 
 
 def _chart(report: Fp8Report) -> ui.PreviewImage | None:

@@ -1,8 +1,10 @@
 import os
+import runpy
 
 import pytest
 import torch
 
+from comfyui_braid.engine import files
 from comfyui_braid.engine.files import read_tensors, replaced_when_whole, write_safetensors
 
 
@@ -26,3 +28,9 @@ def test_tensors_that_were_read_stay_as_they_are_when_their_file_is_written_over
     with path.open("r+b") as file:
         file.write(b"\xff" * size)
     assert read["down"].eq(1).all()
+
+
+def test_the_dtypes_are_those_that_an_older_torch_has_too(monkeypatch):
+    monkeypatch.delattr(torch, "float8_e8m0fnu", raising=False)  # new in torch 2.7
+    older = runpy.run_path(files.__file__)["DTYPES"]
+    assert older == {name: dtype for name, dtype in files.DTYPES.items() if name != "F8_E8M0"}
