@@ -5,9 +5,7 @@ from pathlib import Path
 
 import folder_paths
 
-from ..engine.names import check_typed_path
-
-FORBIDDEN_IN_NAMES = '/\\<>:"|?*'
+from ..engine.names import FORBIDDEN_IN_NAMES, check_typed_path
 
 
 def output_folder() -> Path:
@@ -56,6 +54,6 @@ def next_file(filename_prefix: str, suffix: str, below: str = "") -> Path:
 def plain_name(option: str, name: str) -> str:
     """A part of a folder's name; ValueError for what holds a path."""
     check_typed_path(option, name)
-    if any(sign in name for sign in FORBIDDEN_IN_NAMES) or name in (".", ".."):
+    if any(sign in name for sign in FORBIDDEN_IN_NAMES + "/") or name in (".", ".."):
         raise ValueError(f"{option} is {name!r}; it is part of a folder name and may hold no path")
     return name
