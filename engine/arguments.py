@@ -8,7 +8,7 @@ One parser for all three. Accepted layouts, freely mixed:
 
 A token is split at its first `=`, so that a value may contain more of them (musubi refuses those).
 Values stay strings here; `parse_literal` and its typed relatives turn one into a Python value, by
-`ast.literal_eval` only.
+`ast.literal_eval` only; `parse_patterns` reads the patterns of one value, or of a widget.
 """
 
 import ast
@@ -85,8 +85,9 @@ def parse_float(key: str, value: str, allowed: str = "a number such as 0.1") -> 
     return number
 
 
-def parse_int(key: str, value: str, allowed: str = "a whole number such as 8") -> int:
+def parse_int(key: str, value: str) -> int:
     """`value` as an int; 8.0 is one, 8.5 is not."""
+    allowed = "a whole number such as 8"
     number = parse_float(key, value, allowed)
     if number != int(number):
         raise ValueError(f"{key}={value}: not {allowed}")
@@ -99,6 +100,20 @@ def parse_bool(key: str, value: str) -> bool:
     if value.strip().lower() not in words:
         raise ValueError(f"{key}={value}: not True or False")
     return words[value.strip().lower()]
+
+
+def parse_patterns(key: str, text: str) -> tuple[str, ...]:
+    """Regexes, one a line (blank ones skipped), or musubi's Python list [r'…', r'…']."""
+    text = text.strip()
+    if not re.match(r"[\[(]\s*([rR]?['\"]|[\])]$)", text):
+        return tuple(_bare_regex(line.strip()) for line in text.splitlines() if line.strip())
+    allowed = "one regular expression a line, or a Python list such as [r'.*single_blocks.*']"
+    patterns = parse_literal(key, text, allowed)
+    if isinstance(patterns, str):  # ('…') is a string in brackets, not a tuple
+        patterns = [patterns]
+    if not isinstance(patterns, list | tuple) or not all(isinstance(p, str) for p in patterns):
+        raise ValueError(f"{key}={text}: not {allowed}")
+    return tuple(patterns)
 
 
 def _tokens(text: str, option: str) -> list[str]:
@@ -180,3 +195,9 @@ def _unquoted(value: str) -> str:
     if len(value) >= 2 and value[0] in "\"'" and value.find(value[0], 1) == len(value) - 1:
         return value[1:-1]
     return value
+
+
+def _bare_regex(line: str) -> str:
+    """A line of a pattern widget; r'…' and '…' around it, as copied from a list, are removed."""
+    quoted = re.fullmatch(r"[rR]?(['\"])(.*)\1,?", line)
+    return quoted.group(2) if quoted else line

@@ -9,7 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,6 +22,11 @@ def new_figure(width: float, height: float, *, dpi: int, paper: str, **options: 
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=dpi, facecolor=paper, **options)
+
+
+def as_image(pixels: NDArray[np.uint8]) -> Tensor:
+    """RGB (H, W, 3) as ComfyUI's IMAGE, float32 (1, H, W, 3) in [0, 1]."""
+    return torch.from_numpy(pixels).float().div_(255)[None]
 
 
 def pixels_of(figure: Figure) -> NDArray[np.uint8]:

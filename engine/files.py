@@ -27,6 +27,8 @@ DTYPES = {
     "I8": torch.int8,
     "F8_E5M2": torch.float8_e5m2,
     "F8_E4M3": torch.float8_e4m3fn,
+    # from torch 2.7 on
+    **({"F8_E8M0": torch.float8_e8m0fnu} if hasattr(torch, "float8_e8m0fnu") else {}),
     "I16": torch.int16,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
@@ -35,7 +37,8 @@ DTYPES = {
     "F64": torch.float64,
     "I64": torch.int64,
 }
-"""safetensors' name of each dtype an adapter may hold, in the order that safetensors sorts by."""
+"""safetensors' name of each dtype that Braid reads, in the order that safetensors sorts by."""
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @contextmanager
@@ -49,7 +52,7 @@ def replaced_when_whole(path: Path) -> Iterator[Path]:
     try:
         temporary.touch(exist_ok=False)
         yield temporary
-        with temporary.open("rb") as written:
+        with temporary.open("r+b") as written:  # Windows flushes only what may be written to
             os.fsync(written.fileno())
         os.replace(temporary, path)
     except BaseException:
@@ -208,6 +211,15 @@ def sshs_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> d
         "sshs_model_hash": hashlib.sha256(data[8 + length :]).hexdigest(),
         "sshs_legacy_hash": hashlib.sha256(legacy).hexdigest()[:8],
     }
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file in memory of their own.
+
+    safetensors maps them: Windows would not let the file be replaced while they are in use, and
+    what another program writes over it would be seen in them.
+    """
+    return {key: tensor.clone() for key, tensor in safetensors.torch.load_file(path).items()}
 
 
 def write_safetensors(

@@ -5,6 +5,8 @@ import re
 LONGEST_PART = 180
 """Bytes between two slashes. File systems take 255, and the ending of a file and of its temporary
 name come on top."""
+FORBIDDEN_IN_NAMES = '<>:"|?*\\'
+"""What Windows takes in no file name; / is left to paths."""
 _UNUSABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 _SEPARATORS = re.compile(r"[/\\]")
 

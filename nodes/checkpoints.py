@@ -4,11 +4,10 @@ import os
 from pathlib import Path
 
 from comfy_api.latest import io
-from typing_extensions import override
 
 from ..engine.checkpoints import Checkpoints, find_checkpoints
 from . import sockets
-from .outputs import output_folder
+from .outputs import loras_folder, newest_first
 
 TOP = "."
 """The choice that means output/loras itself."""
@@ -17,26 +16,18 @@ TOP = "."
 def chosen_folder(folder: str, path: str = "") -> Path:
     """The folder that the widgets name: `path` wins; relative ones lie under output/loras."""
     named = path.strip() or folder.strip() or TOP
-    return _loras() / os.path.expanduser(named)
-
-
-def _loras() -> Path:
-    return output_folder() / "loras"
+    return loras_folder() / os.path.expanduser(named)
 
 
 def _run_folders() -> list[str]:
     """Folders under output/loras that hold adapter files, the newest first."""
-    loras = _loras()
-    newest: dict[str, float] = {}
-    for file in loras.rglob("*.safetensors"):
-        name = file.parent.relative_to(loras).as_posix()
-        newest[name] = max(newest.get(name, 0.0), file.stat().st_mtime)
-    return sorted(newest, key=lambda name: -newest[name]) or [TOP]
+    loras = loras_folder()
+    files = newest_first(loras, "*.safetensors")
+    return list(dict.fromkeys(f.parent.relative_to(loras).as_posix() for f in files)) or [TOP]
 
 
 class BraidLoadCheckpoints(io.ComfyNode):
     @classmethod
-    @override
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="BraidLoadCheckpoints",
@@ -77,23 +68,21 @@ class BraidLoadCheckpoints(io.ComfyNode):
         )
 
     @classmethod
-    @override
     def validate_inputs(cls, folder: str, path: str = "") -> bool:
         """Any folder may be typed; whether it exists is said when the node runs."""
         return True
 
     @classmethod
-    @override
     def fingerprint_inputs(cls, folder: str, pattern: str, path: str = "") -> str:
         """Changes with the files: their names, times and sizes."""
         chosen = chosen_folder(folder, path)
         if not chosen.is_dir():
             return "no such folder"
-        stats = ((file.name, file.stat()) for file in sorted(chosen.glob("*.safetensors")))
+        files = sorted(file for file in chosen.glob("*.safetensors") if file.is_file())
+        stats = ((file.name, file.stat()) for file in files)
         return repr([(name, stat.st_mtime_ns, stat.st_size) for name, stat in stats])
 
     @classmethod
-    @override
     def execute(cls, folder: str, pattern: str, path: str = "") -> io.NodeOutput:
         return io.NodeOutput(load_checkpoints(folder, pattern, path))
 

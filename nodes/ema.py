@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from comfy_api.latest import io, ui
-from typing_extensions import override
 
 from ..engine.checkpoints import Checkpoints
 from ..engine.comfyui.progress import completed
@@ -121,7 +120,6 @@ def _next_path(filename_prefix: str) -> Path | None:
 
 class BraidPostHocEma(io.ComfyNode):
     @classmethod
-    @override
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="BraidPostHocEma",
@@ -192,7 +190,6 @@ class BraidPostHocEma(io.ComfyNode):
         )
 
     @classmethod
-    @override
     def execute(
         cls,
         checkpoints: Checkpoints,
@@ -217,7 +214,6 @@ class BraidPostHocEma(io.ComfyNode):
 
 class BraidEmaReconstruct(io.ComfyNode):
     @classmethod
-    @override
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="BraidEmaReconstruct",
@@ -250,7 +246,6 @@ class BraidEmaReconstruct(io.ComfyNode):
         )
 
     @classmethod
-    @override
     def execute(
         cls, checkpoints: Checkpoints, sigma_rel: float, filename_prefix: str
     ) -> io.NodeOutput:
@@ -264,7 +259,6 @@ class BraidEmaReconstruct(io.ComfyNode):
 
 class BraidEmaSweep(io.ComfyNode):
     @classmethod
-    @override
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="BraidEmaSweep",
@@ -300,7 +294,6 @@ class BraidEmaSweep(io.ComfyNode):
         )
 
     @classmethod
-    @override
     def execute(
         cls, checkpoints: Checkpoints, sigma_rels: str, source: str = "checkpoints"
     ) -> io.NodeOutput:

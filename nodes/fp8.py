@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import folder_paths
-import torch
 from comfy_api.latest import io, ui
-from typing_extensions import override
 
+from ..engine.arguments import parse_patterns
+from ..engine.canvas import as_image
 from ..engine.comfyui.fp8_save import save_fp8
 from ..engine.comfyui.loader import Fp8Request, load_fp8
 from ..engine.fp8.chart import error_chart
@@ -24,7 +24,6 @@ PLAYGROUND = "braid_playground.safetensors"
 
 class BraidFp8Loader(io.ComfyNode):
     @classmethod
-    @override
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="BraidFp8Loader",
@@ -134,7 +133,6 @@ class BraidFp8Loader(io.ComfyNode):
         )
 
     @classmethod
-    @override
     def execute(
         cls,
         unet_name: str,
@@ -152,7 +150,8 @@ class BraidFp8Loader(io.ComfyNode):
             block_size=granularity.get("block_size", 64),
             scale_search=scale_search,
             patterns=LayerPatterns(
-                include=_lines(include_patterns), exclude=_lines(exclude_patterns)
+                include=parse_patterns("include_patterns", include_patterns),
+                exclude=parse_patterns("exclude_patterns", exclude_patterns),
             ),
         )
         loaded = load_fp8(
@@ -171,7 +170,6 @@ class BraidFp8Loader(io.ComfyNode):
 
 class BraidSaveFp8(io.ComfyNode):
     @classmethod
-    @override
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="BraidSaveFp8",
@@ -196,22 +194,16 @@ class BraidSaveFp8(io.ComfyNode):
         )
 
     @classmethod
-    @override
     def execute(cls, model: io.Model.Type, filename_prefix: str) -> io.NodeOutput:
         path = next_file(filename_prefix, ".safetensors")
         save_fp8(model, path)
         return io.NodeOutput(str(path), ui=ui.PreviewText(str(path)))
 
 
-def _lines(patterns: str) -> tuple[str, ...]:
-    return tuple(line.strip() for line in patterns.splitlines() if line.strip())
-
-
 def _chart(report: Fp8Report) -> ui.PreviewImage | None:
     if not report.measured:
         return None
-    picture = torch.from_numpy(error_chart(report)).to(torch.float32).div_(255)
-    return ui.PreviewImage(picture.unsqueeze(0), cls=BraidFp8Loader)
+    return ui.PreviewImage(as_image(error_chart(report)), cls=BraidFp8Loader)
 
 
 def _model_file(unet_name: str) -> Path:

@@ -15,8 +15,6 @@ from ..engine.network.targets import select_targets
 from . import sockets
 from .outputs import next_file
 
-LoraModel = io.Custom("LORA_MODEL")
-
 
 class BraidNetwork(io.ComfyNode):
     @classmethod
@@ -179,7 +177,7 @@ class BraidSaveLora(io.ComfyNode):
             search_aliases=["export lora", "safetensors", "kohya", "diffusers", "peft"],
             is_output_node=True,
             inputs=[
-                LoraModel.Input("lora", tooltip="The LoRA that a training node made."),
+                io.LoraModel.Input("lora", tooltip="The LoRA that a training node made."),
                 io.String.Input(
                     "filename_prefix",
                     default="loras/braid",

@@ -1,16 +1,28 @@
 """Where nodes write: what is typed, as a place inside ComfyUI's output folder."""
 
+import contextlib
 from pathlib import Path
 
 import folder_paths
 
-from ..engine.names import check_typed_path
-
-FORBIDDEN_IN_NAMES = '/\\<>:"|?*'
+from ..engine.names import FORBIDDEN_IN_NAMES, check_typed_path
 
 
 def output_folder() -> Path:
     return Path(folder_paths.get_output_directory())
+
+
+def loras_folder() -> Path:
+    return output_folder() / "loras"
+
+
+def newest_first(folder: Path, pattern: str) -> list[Path]:
+    """The files below `folder` that match a glob, without links to nothing."""
+    written = {}
+    for path in folder.rglob(pattern):
+        with contextlib.suppress(OSError):  # a run may prune one meanwhile
+            written[path] = path.stat().st_mtime
+    return sorted(written, key=written.__getitem__, reverse=True)
 
 
 def inside_output(option: str, typed: str, below: str = "") -> Path:
@@ -42,6 +54,6 @@ def next_file(filename_prefix: str, suffix: str, below: str = "") -> Path:
 def plain_name(option: str, name: str) -> str:
     """A part of a folder's name; ValueError for what holds a path."""
     check_typed_path(option, name)
-    if any(sign in name for sign in FORBIDDEN_IN_NAMES) or name in (".", ".."):
+    if any(sign in name for sign in FORBIDDEN_IN_NAMES + "/") or name in (".", ".."):
         raise ValueError(f"{option} is {name!r}; it is part of a folder name and may hold no path")
     return name

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from comfy_api.latest import io
-from typing_extensions import override
 
 from ..engine.timesteps.figure import draw_figure, subtitle, title
 from ..engine.timesteps.preview import (
@@ -43,7 +42,6 @@ def build_sampling(
 
 class BraidTimestepSampling(io.ComfyNode):
     @classmethod
-    @override
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="BraidTimestepSampling",
@@ -105,7 +103,6 @@ class BraidTimestepSampling(io.ComfyNode):
         )
 
     @classmethod
-    @override
     def execute(
         cls, timestep_sampling: Mapping[str, Any] | str = "", **widgets: Any
     ) -> io.NodeOutput:
@@ -115,7 +112,6 @@ class BraidTimestepSampling(io.ComfyNode):
 
 class BraidTimestepPreview(io.ComfyNode):
     @classmethod
-    @override
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="BraidTimestepPreview",
@@ -192,7 +188,6 @@ class BraidTimestepPreview(io.ComfyNode):
         )
 
     @classmethod
-    @override
     def execute(
         cls,
         timesteps: TimestepSampling,

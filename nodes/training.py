@@ -4,9 +4,9 @@ import functools
 import json
 
 import numpy as np
-import torch
 from comfy_api.latest import io, ui
 
+from ..engine.canvas import as_image
 from ..engine.comfyui.items import pair_items
 from ..engine.comfyui.trainer import LoraTraining, train_lora
 from ..engine.timesteps.sampling import TimestepSampling
@@ -15,7 +15,7 @@ from ..engine.training.optimizer import OptimizerSpec
 from ..engine.training.options import TrainingOptions
 from ..engine.training.plan import LOSS_TYPES, MIXED_PRECISIONS, TrainingPlan
 from . import live, sockets
-from .outputs import output_folder
+from .outputs import loras_folder
 
 
 class BraidTrainLora(io.ComfyNode):
@@ -229,17 +229,17 @@ class BraidTrainLora(io.ComfyNode):
                 options=chosen,
                 pairs=pair_items(latents, positive),
                 held_out=pair_items(held_out.latents, held_out.conditioning) if held_out else (),
-                loras=output_folder() / "loras",
+                loras=loras_folder(),
             ),
             functools.partial(live.say, cls.hidden.unique_id),
         )
-        picture = np.asarray(draw_loss_map(trained.loss_map), dtype=np.float32) / 255
+        picture = as_image(np.array(draw_loss_map(trained.loss_map)))
         return io.NodeOutput(
             trained.lora,
             trained.loss_map,
             trained.checkpoints,
             json.dumps(trained.report, indent=2),
-            ui=ui.PreviewImage(torch.from_numpy(picture)[None], cls=cls),
+            ui=ui.PreviewImage(picture, cls=cls),
         )
 
 

@@ -13,7 +13,7 @@ from ..engine.training.options import (
 )
 from ..engine.training.state import STATE_SUFFIX
 from . import sockets
-from .outputs import inside_output, output_folder, plain_name
+from .outputs import inside_output, loras_folder, newest_first, plain_name
 
 
 def chained(options: TrainingOptions | None, **part: Any) -> io.NodeOutput:
@@ -108,9 +108,8 @@ class BraidCheckpointing(io.ComfyNode):
 
 def _states() -> list[str]:
     """Saved states under output/loras, relative to it, newest first."""
-    loras = output_folder() / "loras"
-    found = sorted(loras.rglob(f"*{STATE_SUFFIX}"), key=lambda p: p.stat().st_mtime, reverse=True)
-    return [path.relative_to(loras).as_posix() for path in found]
+    loras = loras_folder()
+    return [p.relative_to(loras).as_posix() for p in newest_first(loras, f"*{STATE_SUFFIX}")]
 
 
 class BraidTrainingLog(io.ComfyNode):

@@ -7,11 +7,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import safetensors
-
 from ..checkpoints import SHADOWS_SUFFIX, AdapterStateDict, Checkpoints
 from ..ema.shadows import Shadows
-from ..files import replaced_when_whole
+from ..files import read_header, read_tensors, replaced_when_whole
 from ..network.attach import Network
 from ..network.checkpoint import state_dict_of, weights_of, write_adapter
 from ..network.keys import encoded
@@ -171,6 +169,4 @@ def check_writable(folder: Path) -> None:
 
 def read_lora(path: Path) -> AdapterStateDict:
     """A saved adapter as a LORA_MODEL."""
-    with safetensors.safe_open(path, framework="pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        return AdapterStateDict(tensors, file.metadata() or {})
+    return AdapterStateDict(read_tensors(path), read_header(path).metadata)

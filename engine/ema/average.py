@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
-
 from ..checkpoints import AdapterStateDict, Checkpoints
-from ..files import sshs_hashes, write_safetensors
+from ..files import read_tensors, sshs_hashes, write_safetensors
 from .merge import Progress, merged_tensors, prepare_merge, write_merged
 from .one_run import check_one_run
 from .order import TrainedOrder, selected, trained_order
@@ -124,7 +122,7 @@ def averaged(
         report["cosines"] = check_one_run(merge.sources)
         if output:
             yield from write_merged(merge, output)
-            tensors = safetensors.torch.load_file(output)
+            tensors = read_tensors(output)
         else:
             tensors = yield from merged_tensors(merge)
     return Average(lora=AdapterStateDict(tensors, merge.metadata), report=report)

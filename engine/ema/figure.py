@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from ..canvas import new_figure, pixels_of
+from ..canvas import as_image, new_figure, pixels_of
 from .average import AveragePlan
 from .profile import Floats, centre_of_mass, gamma_from_sigma_rel, power_profile
 from .schedule import requested_sigma_rel
@@ -85,7 +84,7 @@ def draw_weights(plan: AveragePlan) -> Tensor:
     asked = "" if sigma_rel is None else f", requested {sigma_rel:.3f}"
     axes.set_title(f"{len(times)} checkpoints, {achieved}{asked}", color=INK, loc="left")
     _finish(axes, plan.order.unit, times[-1], f"weight per {plan.order.unit.removesuffix('s')}")
-    return _image(figure)
+    return as_image(pixels_of(figure))
 
 
 def draw_reconstruction(reconstruction: Reconstruction) -> Tensor:
@@ -115,7 +114,7 @@ def draw_reconstruction(reconstruction: Reconstruction) -> Tensor:
         fontsize=10,
     )
     _finish(axes, "steps", end, "weight per step")
-    return _image(figure)
+    return as_image(pixels_of(figure))
 
 
 def _draw_profile(axes: Axes, plan: AveragePlan, tallest: float) -> None:
@@ -171,7 +170,3 @@ def _finish(axes: Axes, unit: str, end: float, density: str) -> None:
     axes.figure.legend(
         loc="outside lower center", ncols=3, frameon=False, labelcolor=INK, fontsize=9
     )
-
-
-def _image(figure: Figure) -> Tensor:
-    return torch.from_numpy(pixels_of(figure)).float().div_(255).unsqueeze(0)

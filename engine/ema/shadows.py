@@ -57,7 +57,7 @@ class ShadowsInfo:
 
 
 class Shadows:
-    """Power-function averages of live tensors, kept in float32 (Eq. 127).
+    """Power-function averages of live tensors, kept beside them in float32 (Eq. 127).
 
     Between two updates the tensors count as held at their newest value, so an update after q steps
     with beta = (1 - q / step)^(gamma + 1) covers all q of them.
@@ -68,13 +68,8 @@ class Shadows:
         tensors: Mapping[str, Tensor],
         sigma_rels: Sequence[float] = SIGMA_RELS,
         update_every_steps: int = UPDATE_EVERY_STEPS,
-        device: torch.device | str | None = None,
     ) -> None:
-        """`tensors` are watched, not copied: the optimizer must change them in place.
-
-        `device` holds the shadows, five float32 copies of the adapter; None is where each tensor
-        lies.
-        """
+        """`tensors` are watched, not copied: the optimizer must change them in place."""
         if update_every_steps < 1:
             raise ValueError(f"update_every_steps {update_every_steps}: must be 1 or more")
         self.sigma_rels = tuple(sigma_rels)
@@ -84,8 +79,7 @@ class Shadows:
         self._live = list(tensors.values())
         self._gammas = [gamma_from_sigma_rel(sigma_rel) for sigma_rel in self.sigma_rels]
         self._shadows = [
-            [torch.zeros_like(t, dtype=torch.float32, device=device) for t in self._live]
-            for _ in self.sigma_rels
+            [torch.zeros_like(t, dtype=torch.float32) for t in self._live] for _ in self.sigma_rels
         ]
 
     def is_due(self, step: int) -> bool:
@@ -104,10 +98,7 @@ class Shadows:
             return
         if step < self.step:
             raise ValueError(f"step {step}: the shadows have already seen step {self.step}")
-        live = [
-            tensor.detach().to(shadow.device, torch.float32)
-            for tensor, shadow in zip(self._live, self._shadows[0], strict=True)
-        ]
+        live = [tensor.detach().to(torch.float32) for tensor in self._live]
         for gamma, shadows in zip(self._gammas, self._shadows, strict=True):
             beta = power_beta(gamma, step, step - self.step)
             torch._foreach_lerp_(shadows, live, 1 - beta)

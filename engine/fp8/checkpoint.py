@@ -8,7 +8,6 @@ scales right; a file with finer ones names a format of ours, which ComfyUI refus
 
 import dataclasses
 import json
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..files import replaced_when_whole
-from .source import DTYPES, TensorSource
+from ..files import DTYPE_NAMES, header_bytes, replaced_when_whole, saved_layout
+from .source import TensorSource
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 BRAID = "braid_"
@@ -27,7 +26,6 @@ FULL_PRECISION = "full_precision_matrix_mult"
 """Of a layer: dequantise it before it is multiplied, whatever the card can do."""
 Marker = Mapping[str, object]
 """What a file says of one layer: `format`, and settings of it."""
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 PLAIN_NOTE = "a plain FP8 cast without scales: loaded as it is, it cannot be made better"
 
 
@@ -210,23 +208,10 @@ def write_streamed(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[
 
     safetensors' own writer first copies every tensor, which would double the memory of a model.
     """
-    ordered = sorted(tensors, key=lambda name: -tensors[name].element_size())
-    header: dict[str, object] = {"__metadata__": dict(metadata)}
-    offset = 0
-    for name in ordered:
-        tensor = tensors[name]
-        size = tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + size],
-        }
-        offset += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    layout = saved_layout({k: (DTYPE_NAMES[t.dtype], tuple(t.shape)) for k, t in tensors.items()})
     with replaced_when_whole(path) as temporary, temporary.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for name in ordered:
+        file.write(header_bytes(layout, metadata))
+        for name in layout:
             flat = tensors[name].detach().cpu().contiguous().view(-1)
             if flat.numel():
                 file.write(memoryview(flat.view(torch.uint8).numpy()))

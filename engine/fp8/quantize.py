@@ -96,9 +96,8 @@ def quantize_rows(rows: Tensor, policy: Fp8Policy, group_size: int) -> tuple[Ten
     if policy.scale_search == "mse":
         scale = least_squares_scale(grouped, scale, policy.dtype)
     divisor = scale
-    if (
-        policy.scale_rounding == "musubi"
-    ):  # float16 lets the scale of a tiny group underflow to zero
+    if policy.scale_rounding == "musubi":
+        # float16 lets the scale of a tiny group underflow to zero
         nothing = scale == 0
         grouped, divisor = grouped.masked_fill(nothing, 0.0), scale.masked_fill(nothing, 1.0)
     return codes_of(grouped, divisor, policy.dtype).view(rows.shape), scale

@@ -49,7 +49,7 @@ class Architecture:
     implementation: str = ""
     """modelspec.implementation."""
     resolution: str = "1024x1024"
-    """modelspec.resolution when the run does not say."""
+    """modelspec.resolution."""
     diffusers_prefix: str = "diffusion_model."
     """Key prefix that both ComfyUI and diffusers read for this family in PEFT files."""
     diffusers: tuple[Rename, ...] = ()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .adapters import ADAPTERS, Adapter, LoRA
+from .keys import kohya_name
 from .layers import LayerShape
 from .spec import NetworkSpec
 from .targets import Candidate, parameter_shapes
@@ -45,11 +46,6 @@ class Network(nn.Module):
         """The dtype in which deltas are computed; None: that of the parameters."""
         for adapter in self.adapters.values():
             adapter.compute_dtype = dtype
-
-
-def kohya_name(layer_name: str) -> str:
-    """`lora_unet_` and the dotted name with underscores: the name in kohya's and musubi's files."""
-    return "lora_unet_" + layer_name.replace(".", "_")
 
 
 def build_network(

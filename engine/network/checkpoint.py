@@ -42,13 +42,12 @@ def state_dict_of(
     network: Network,
     architecture: Architecture,
     key_format: KeyFormat = "comfyui",
-    dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
     """The network as the tensors of an adapter file; in ComfyUI's format it is a LORA_MODEL.
 
     Tensors are copies, so that training may go on.
     """
-    state = encoded(weights_of(network), key_format, architecture, dtype)
+    state = encoded(weights_of(network), key_format, architecture)
     return {key: tensor.clone() for key, tensor in state.items()}
 
 

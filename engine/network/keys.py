@@ -63,32 +63,34 @@ _COMPLETE = {
 }
 
 
+def kohya_name(layer_name: str) -> str:
+    """A layer in kohya's and musubi's files: the prefix, and the dotted name with underscores."""
+    return KOHYA_PREFIX + layer_name.replace(".", "_")
+
+
 def encoded(
     weights: Mapping[str, AdapterWeights],
     key_format: KeyFormat,
     architecture: Architecture,
-    dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
-    """Dotted layer name → weights, as the state dict of a file; `dtype` None keeps each tensor's.
+    """Dotted layer name → weights, as the state dict of a file.
 
     Per layer in musubi's order: alpha, then the matrices. In kohya's format alpha has the dtype of
     the matrices, as musubi saves it; in ComfyUI's it stays exact (float32).
     """
     if key_format == "diffusers":
         return {
-            key: tensor if dtype is None else tensor.to(dtype)
+            key: tensor
             for name, layer in weights.items()
             for key, tensor in _diffusers_tensors(name, layer, architecture)
         }
     state: dict[str, Tensor] = {}
     for name, layer in weights.items():
-        stem = (
-            KOHYA_PREFIX + name.replace(".", "_")
-            if key_format == "kohya"
-            else COMFYUI_PREFIX + name
-        )
-        tensors = {k: t if dtype is None else t.to(dtype) for k, t in layer.tensors.items()}
-        alpha_dtype = next(iter(tensors.values())).dtype if key_format == "kohya" else torch.float32
+        tensors = layer.tensors
+        if key_format == "kohya":
+            stem, alpha_dtype = kohya_name(name), next(iter(tensors.values())).dtype
+        else:
+            stem, alpha_dtype = COMFYUI_PREFIX + name, torch.float32
         state[f"{stem}.alpha"] = torch.tensor(layer.alpha, dtype=alpha_dtype)
         for parameter, suffix in ADAPTERS[layer.kind].KEYS.items():
             if parameter in tensors:
@@ -149,7 +151,7 @@ def converted(
         return dict(state)
     if given == "comfyui" and key_format == "kohya":
         return {
-            KOHYA_PREFIX + stem[len(COMFYUI_PREFIX) :].replace(".", "_") + suffix: tensor
+            kohya_name(stem[len(COMFYUI_PREFIX) :]) + suffix: tensor
             for key, tensor in state.items()
             for stem, suffix in [_stem_and_suffix(key)]
         }

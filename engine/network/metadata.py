@@ -19,33 +19,22 @@ def adapter_metadata(
     title: str,
     created: datetime,
     training: Mapping[str, object] | None = None,
-    resolution: str | None = None,
     timestep_range: tuple[int, int] | None = None,
-    author: str = "",
-    description: str = "",
-    license: str = "",
-    tags: str = "",
 ) -> dict[str, str]:
     """Metadata of one adapter file, without the hashes (`write_adapter` adds those).
 
     `training` holds the run's fields without their `ss_` (learning_rate, seed, min_timestep,
-    num_timestep_buckets …); `resolution` is "WxH"; `timestep_range` is (min, max) of 0 … 1000.
+    num_timestep_buckets …); `timestep_range` is (min, max) of 0 … 1000.
     """
-    optional = {
-        "author": author,
-        "description": description,
-        "license": license,
-        "tags": tags,
-        "timestep_range": "" if timestep_range is None else "{},{}".format(*timestep_range),
-    }
     modelspec = {
         "sai_model_spec": "1.0.0",
         "architecture": f"{architecture.modelspec}/{spec.kind}",
         "implementation": architecture.implementation,
         "title": title,
-        "resolution": resolution or architecture.resolution,
+        "resolution": architecture.resolution,
         "date": created.replace(microsecond=0).isoformat(),
-    } | {key: value for key, value in optional.items() if value}
+        "timestep_range": "" if timestep_range is None else "{},{}".format(*timestep_range),
+    }
     return (
         {f"ss_{key}": as_text(value) for key, value in (training or {}).items()}
         | network_metadata(spec, architecture)

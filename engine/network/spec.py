@@ -11,7 +11,7 @@ from ..arguments import (
     parse_bool,
     parse_float,
     parse_int,
-    parse_literal,
+    parse_patterns,
     refuse_unknown,
 )
 
@@ -191,20 +191,6 @@ def parse_network_args(
     )
 
 
-def parse_patterns(key: str, text: str) -> tuple[str, ...]:
-    """Regexes, one a line (blank ones skipped), or musubi's Python list [r'…', r'…']."""
-    text = text.strip()
-    if not re.match(r"[\[(]\s*([rR]?['\"]|[\])]$)", text):
-        return tuple(_bare_regex(line.strip()) for line in text.splitlines() if line.strip())
-    allowed = "one regular expression a line, or a Python list such as [r'.*single_blocks.*']"
-    patterns = parse_literal(key, text, allowed)
-    if isinstance(patterns, str):  # ('…') is a string in brackets, not a tuple
-        patterns = [patterns]
-    if not isinstance(patterns, list | tuple) or not all(isinstance(p, str) for p in patterns):
-        raise ValueError(f"{key}={text}: not {allowed}")
-    return tuple(patterns)
-
-
 def network_args_of(spec: NetworkSpec) -> dict[str, str]:
     """The `network_args` that say what differs from a plain LoRA, as musubi stores them.
 
@@ -235,12 +221,6 @@ def network_args_of(spec: NetworkSpec) -> dict[str, str]:
 
 def _number(given: Mapping[str, str], key: str, widget, parse):
     return parse(key, given[key]) if key in given else widget
-
-
-def _bare_regex(line: str) -> str:
-    """A line of a pattern widget; r'…' and '…' around it, as copied from a list, are removed."""
-    quoted = re.fullmatch(r"[rR]?(['\"])(.*)\1,?", line)
-    return quoted.group(2) if quoted else line
 
 
 def _check(name: str, value: float, holds: bool, allowed: str) -> None:

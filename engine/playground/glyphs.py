@@ -37,10 +37,7 @@ SLANT = 0.40  # horizontal shift per unit of height
 CHECKER_PIXELS = 2
 
 LUMA = (0.299, 0.587, 0.114)  # Rec. 601
-LATENT_SCALE, LATENT_SHIFT = (
-    0.3611,
-    0.1159,
-)  # of FLUX's autoencoder, as ComfyUI's latent_formats.Flux
+LATENT_SCALE, LATENT_SHIFT = 0.3611, 0.1159  # of FLUX's VAE, as ComfyUI's latent_formats.Flux
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,17 +138,32 @@ def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name, size)
 
 
+def process_in(latents: Tensor) -> Tensor:
+    """Latents as the model takes them, from the scale of FLUX's VAE; ComfyUI's name for it."""
+    return (latents - LATENT_SHIFT) * LATENT_SCALE
+
+
+def process_out(latents: Tensor) -> Tensor:
+    """The inverse of `process_in`."""
+    return latents / LATENT_SCALE + LATENT_SHIFT
+
+
+def model_latents(pictures: Tensor) -> Tensor:
+    """Pictures as latents in the model's own scale."""
+    return process_in(encode(pictures))
+
+
 def encode(pictures: Tensor) -> Tensor:
     """Pictures (B, 32, 32, 3) in [0, 1] as latents (B, 16, 16, 16) in the scale of FLUX's VAE."""
     luma = (pictures * pictures.new_tensor(LUMA)).sum(-1, keepdim=True)
     planes = torch.cat([pictures, luma], dim=-1) * 2 - 1
     packed = rearrange(planes, "b (h ph) (w pw) c -> b (c ph pw) h w", ph=2, pw=2)
-    return packed / LATENT_SCALE + LATENT_SHIFT
+    return process_out(packed)
 
 
 def decode(latents: Tensor) -> Tensor:
     """The inverse of `encode`: latents (B, 16, h, w) as pictures (B, 2h, 2w, 3) in [0, 1]."""
-    packed = (latents.float() - LATENT_SHIFT) * LATENT_SCALE
+    packed = process_in(latents.float())
     planes = rearrange(packed, "b (c ph pw) h w -> b (h ph) (w pw) c", c=4, ph=2, pw=2)
     return ((planes[..., :3] + 1) / 2).clamp(0, 1)
 

@@ -16,11 +16,9 @@ from torch import Tensor
 
 from ..files import write_safetensors
 from .glyphs import (
-    LATENT_SCALE,
-    LATENT_SHIFT,
     LETTERS,
     decode,
-    encode,
+    model_latents,
     pictures_of,
     random_glyph,
     recognise,
@@ -43,8 +41,7 @@ def make_pool(count: int, generator: np.random.Generator) -> tuple[Tensor, Tenso
     """`count` glyph latents in the model's own scale, and the index of each one's letter."""
     letters = generator.integers(len(LETTERS), size=count)
     glyphs = [random_glyph(generator, LETTERS[i]) for i in letters]
-    latents = (encode(pictures_of(glyphs)) - LATENT_SHIFT) * LATENT_SCALE
-    return latents, torch.from_numpy(letters)
+    return model_latents(pictures_of(glyphs)), torch.from_numpy(letters)
 
 
 def velocity_loss(

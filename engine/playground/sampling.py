@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .captions import embed_caption
-from .glyphs import LATENT_SCALE, LATENT_SHIFT, LATENT_SIZE, caption_of
+from .glyphs import LATENT_SIZE, caption_of, process_out
 
 Velocity = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(x, t, context, pooled) -> velocity, as `model.Flux.forward`."""
@@ -32,7 +32,7 @@ def sample(
             free = model(x, at, no_context, no_pooled)
             velocity = free + cfg * (velocity - free)
         x = x + (t_next - t) * velocity
-    return x / LATENT_SCALE + LATENT_SHIFT
+    return process_out(x)
 
 
 def embed_letters(letters) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ MODE_SCALE_MAX = 1.75
 """SD3's mode law is monotone for -1 <= s <= 2 / (pi - 2) = 1.7519."""
 
 _INV_SQRT_2PI = 1.0 / math.sqrt(2.0 * math.pi)
-_LARGEST_BELOW_ONE = 1.0 - 2.0**-53
+LARGEST_BELOW_ONE = 1.0 - 2.0**-53
 _BISECTIONS = 54
 
 
@@ -73,7 +73,7 @@ class LogitNormal(Distribution):
         return torch.special.ndtr((torch.logit(t.clamp(0.0, 1.0)) - self.mean) / self.std)
 
     def density(self, t: Tensor) -> Tensor:
-        inside = t.clamp(torch.finfo(t.dtype).tiny, _LARGEST_BELOW_ONE)
+        inside = t.clamp(torch.finfo(t.dtype).tiny, LARGEST_BELOW_ONE)
         z = (torch.logit(inside) - self.mean) / self.std
         density = _INV_SQRT_2PI * torch.exp(-0.5 * z * z) / (self.std * inside * (1.0 - inside))
         return torch.where((t < 0.0) | (t > 1.0), 0.0, density)

@@ -6,10 +6,9 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from ..canvas import new_figure, pixels_of
+from ..canvas import as_image, new_figure, pixels_of
 from .preview import DrawnRun, Preview
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ def draw_figure(preview: Preview, run: DrawnRun | None = None) -> Tensor:
     """An RGB picture, float32 (1, H, W, 3) in [0, 1]."""
     figure = new_figure(10.24, 8.2 if run else 6.4, dpi=125, paper=PAPER)
     _draw(figure, preview, run)
-    return torch.from_numpy(pixels_of(figure).astype(np.float32) / 255.0)[None]
+    return as_image(pixels_of(figure))
 
 
 def _draw(figure: Figure, preview: Preview, run: DrawnRun | None) -> None:

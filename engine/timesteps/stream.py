@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .distributions import LARGEST_BELOW_ONE
 from .sampling import TimestepSampling
 
 _JITTER, _LATTICE = 1, 2
 """Which use of the seed a generator serves."""
-_LARGEST_BELOW_ONE = 1.0 - 2.0**-53
 _GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
 
 
@@ -41,7 +41,7 @@ def epoch_pool(epoch: int, *, seed: int, item_count: int, buckets: int) -> np.nd
     stratum, bucket = np.floor(x * item_count), np.floor(x * buckets)
     low = np.maximum(stratum / item_count, bucket / buckets)
     high = np.minimum((stratum + 1) / item_count, (bucket + 1) / buckets)
-    return np.minimum(low + jitter * (high - low), _LARGEST_BELOW_ONE)
+    return np.minimum(low + jitter * (high - low), LARGEST_BELOW_ONE)
 
 
 def _golden_step(buckets: int) -> int:

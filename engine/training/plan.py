@@ -1,13 +1,11 @@
 """TrainingPlan: how long, how fast, in which precision, from which seed."""
 
-import re
 from dataclasses import dataclass
 
-from ..names import check_typed_path
+from ..names import FORBIDDEN_IN_NAMES, check_typed_path
 
 LOSS_TYPES = ("mse", "huber", "smooth_l1")
 MIXED_PRECISIONS = ("bf16", "fp16", "no")
-FORBIDDEN_IN_NAMES = re.compile(r'[<>:"|?*\\]')
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,7 +66,7 @@ class TrainingPlan:
                 f"output_name is {self.output_name!r}; give a file name such as my_lora, "
                 "with / for sub-folders and without .."
             )
-        if FORBIDDEN_IN_NAMES.search(self.output_name):
+        if any(sign in self.output_name for sign in FORBIDDEN_IN_NAMES):
             raise ValueError(
                 f"output_name is {self.output_name!r}; file names cannot hold any of "
                 '< > : " | ? * or a backslash'

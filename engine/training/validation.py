@@ -71,11 +71,11 @@ class Validator:
         return sampling.distribution(height, width).from_uniform(u).tolist()
 
 
-def loss_per_bin(pairs: Sequence[tuple[float, float]], bins: int = BINS) -> tuple[float, ...]:
+def loss_per_bin(pairs: Sequence[tuple[float, float]]) -> tuple[float, ...]:
     """Mean loss of (t, loss) pairs in equal bins of t; NaN in an empty bin."""
-    sums, counts = [0.0] * bins, [0] * bins
+    sums, counts = [0.0] * BINS, [0] * BINS
     for t, loss in pairs:
-        index = min(int(t * bins), bins - 1)
+        index = min(int(t * BINS), BINS - 1)
         sums[index] += loss
         counts[index] += 1
     return tuple(s / n if n else float("nan") for s, n in zip(sums, counts, strict=True))

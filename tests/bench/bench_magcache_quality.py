@@ -74,7 +74,7 @@ class World:
                 disable_pbar=True,
                 seed=0,
             )
-        return (out - glyphs.LATENT_SHIFT) * glyphs.LATENT_SCALE
+        return glyphs.process_in(out)
 
 
 def psnr(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -29,6 +29,7 @@ from comfyui_braid.nodes.ema import (
     parse_schedule,
 )
 from comfyui_braid.nodes.live import LIVE, parse_live_node
+from comfyui_braid.nodes.training_options import BraidCheckpointing
 
 SIGMA_REL = {"method": "sigma_rel", "sigma_rel": 0.2}
 METHODS = [
@@ -216,6 +217,16 @@ def test_folders_below_output_loras_are_offered_newest_first(output):
             os.utime(file, (stamp, stamp))
     options = BraidLoadCheckpoints.define_schema().inputs[0].options
     assert options == ["new/inner", "middle", "old"]
+
+
+def test_a_link_to_nothing_among_the_files_takes_no_node_out_of_the_menu(output):
+    run = output / "loras" / "run"
+    write_run(run, count=2)
+    for ending in ("safetensors", "state"):
+        (run / f"gone.{ending}").symlink_to(output / "nowhere")
+    assert BraidLoadCheckpoints.define_schema().inputs[0].options == ["run"]
+    assert BraidCheckpointing.define_schema().inputs[4].options == ["", "latest"]
+    assert "gone" not in BraidLoadCheckpoints.fingerprint_inputs(folder="run", pattern="*")
 
 
 def test_without_any_run_the_combo_still_has_a_choice(output):

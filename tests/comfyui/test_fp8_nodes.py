@@ -48,12 +48,15 @@ def test_the_loader_gives_a_model_its_report_and_a_chart(models):
     assert (models / "temp" / picture["filename"]).is_file()
 
 
-def test_patterns_one_a_line_and_a_lora_reach_the_policy(models):
+@pytest.mark.parametrize(
+    "excluded", ["^single_blocks\\.\n  img_mlp  ", r"[r'^single_blocks\.', r'img_mlp']"]
+)
+def test_patterns_one_a_line_or_as_musubi_s_list_and_a_lora_reach_the_policy(models, excluded):
     output = load(
         {"granularity": "tensor"},
         scale_search="mse",
         include_patterns="img_mod\n\n",
-        exclude_patterns="^single_blocks\\.\n  img_mlp  ",
+        exclude_patterns=excluded,
         lora_name="style.safetensors",
         lora_strength=0.5,
     )

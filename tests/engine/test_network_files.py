@@ -391,7 +391,6 @@ def test_metadata_is_all_strings_and_has_musubi_s_fields():
         created=datetime(2026, 1, 2, 3, 4, 5, 6),
         training={"seed": 3, "lr_warmup_steps": None, "datasets": [{"n": 1}], "min_timestep": 200},
         timestep_range=(200, 900),
-        author="me",
     )
     assert metadata == {
         "ss_seed": "3",
@@ -410,7 +409,6 @@ def test_metadata_is_all_strings_and_has_musubi_s_fields():
         "modelspec.title": "T",
         "modelspec.resolution": "1280x720",
         "modelspec.date": "2026-01-02T03:04:05",
-        "modelspec.author": "me",
         "modelspec.timestep_range": "200,900",
     }
 

@@ -89,7 +89,7 @@ function axes(x, y, top, split, bottom) {
 
 /** The values of log-SNR whose labels have room on an axis of so many pixels. */
 function logSnr(pixels) {
-  const least = pixels > 300 ? 2 : pixels > 220 ? 2 : 4;
+  const least = pixels > 220 ? 2 : 4;
   const most = pixels > 300 ? 8 : 4;
   return [8, 4, 2, 0, -2, -4, -8].filter((snr) => snr === 0 || (Math.abs(snr) >= least && Math.abs(snr) <= most));
 }

@@ -8,7 +8,7 @@ from ...magcache.figure import schedule_picture
 from ...magcache.plan import POSITIVE, Conditions, MagCachePlan
 from ...magcache.rules import MagCacheRule, PlannedRule
 from ...magcache.schedule import Schedule, plan_schedule
-from ..glyphs import LATENT_SCALE, LATENT_SHIFT, LATENT_SIZE, LETTERS
+from ..glyphs import LATENT_SIZE, LETTERS, process_out
 from ..model import Flux
 from ..sampling import embed_letters
 from .quantising import decibel
@@ -91,7 +91,7 @@ def _denoise(
         if recorder:
             recorder.add(velocity)
         x = x + (following - sigma) * velocity
-    return x / LATENT_SCALE + LATENT_SHIFT
+    return process_out(x)
 
 
 def predicted(computed: list[tuple[float, Tensor]], sigma: float, extrapolate: bool) -> Tensor:

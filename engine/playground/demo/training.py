@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ...checkpoints import Checkpoints
 from ...network.architectures import architecture_of
@@ -31,12 +30,10 @@ from ...training.plan import TrainingPlan
 from ...training.saving import Saver, free_folder, saved
 from ..denoiser import PlaygroundDenoiser
 from ..glyphs import (
-    LATENT_SCALE,
-    LATENT_SHIFT,
     LETTERS,
     decode,
     draw_dataset,
-    encode,
+    model_latents,
     pictures_of,
     recognise,
     style_score,
@@ -170,11 +167,6 @@ def recognised(rows: list[np.ndarray]) -> float:
     """Share of letters that are read as what was asked for."""
     hits = [recognise(p)[0] == c for row in rows for p, c in zip(row, LETTERS, strict=True)]
     return float(np.mean(hits))
-
-
-def model_latents(pictures: Tensor) -> Tensor:
-    """Pictures as latents in the model's own scale."""
-    return (encode(pictures) - LATENT_SHIFT) * LATENT_SCALE
 
 
 def style_items(count: int, seed: int) -> list[TrainingItem]:

@@ -1,0 +1,36 @@
+import os
+import runpy
+
+import pytest
+import torch
+
+from comfyui_braid.engine import files
+from comfyui_braid.engine.files import read_tensors, replaced_when_whole, write_safetensors
+
+
+def test_a_file_is_flushed_through_a_handle_that_may_write_as_windows_demands(
+    tmp_path, monkeypatch
+):
+    fcntl = pytest.importorskip("fcntl")  # Unix
+    modes = []
+    monkeypatch.setattr(os, "fsync", lambda fd: modes.append(fcntl.fcntl(fd, fcntl.F_GETFL)))
+    with replaced_when_whole(tmp_path / "file") as temporary:
+        temporary.write_bytes(b"whole")
+    assert [mode & os.O_ACCMODE for mode in modes] == [os.O_RDWR]
+    assert (tmp_path / "file").read_bytes() == b"whole"
+
+
+def test_tensors_that_were_read_stay_as_they_are_when_their_file_is_written_over(tmp_path):
+    path = tmp_path / "lora.safetensors"
+    write_safetensors(path, {"down": torch.ones(64, 64)}, {})
+    read = read_tensors(path)
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        file.write(b"\xff" * size)
+    assert read["down"].eq(1).all()
+
+
+def test_the_dtypes_are_those_that_an_older_torch_has_too(monkeypatch):
+    monkeypatch.delattr(torch, "float8_e8m0fnu", raising=False)  # new in torch 2.7
+    older = runpy.run_path(files.__file__)["DTYPES"]
+    assert older == {name: dtype for name, dtype in files.DTYPES.items() if name != "F8_E8M0"}
