@@ -175,7 +175,7 @@ def apply_model(
 
     if run is None or not run.active or "uuids" not in options:
         return compute(options)
-    keys = conditioning_keys(options, run.calls)
+    keys = conditioning_keys(options, x, run.calls)
     stack = StackMeasure(run.blocks) if run.blocks else None
     denoised = compute(with_hooks(options, stack.hooks()) if stack else options)
     residual = stack.residual if stack else run.output(x, denoised)

@@ -27,7 +27,7 @@ from .magcache_blocks import block_keys
 from .magcache_cache import ResidualCache
 from .magcache_conditions import run_conditions, schedule_knots, skippable
 from .magcache_run import KEY, Run, apply_model, predict_noise
-from .magcache_samplers import StepClock, calls_follow_schedule
+from .magcache_samplers import OWN_LEVELS, StepClock, calls_follow_schedule
 
 CALIBRATE_KEY = "braid.magcache.calibrate"
 RIVALS = ("easycache", "lazycache", "teacache")
@@ -108,17 +108,15 @@ class MagCachePatch:
         settings, patcher = self.settings, guider.model_patcher
         plan = settings.plan
         conditions = run_conditions(guider, sampler, sigmas, latent, settings.measure)
-        several = bool(patcher.get_additional_models_with_key("multigpu"))
+        unfit = _unfit(patcher, conditions.sampler)
         allowed = [
-            ok and not several
+            ok and not unfit
             for ok in skippable(patcher, sigmas, settings.start_percent, settings.end_percent)
         ]
         knots = schedule_knots(patcher, plan.conditions.steps)
         schedule = plan_schedule(plan, sigmas, settings.rule, allowed, knots)
         differ = mismatches(plan.conditions, conditions) if plan.calibrated else []
-        warnings = [*differ, *schedule.warnings]
-        if several:
-            warnings.append("several GPUs sample this model together: every step is computed")
+        warnings = [*differ, *schedule.warnings, *unfit]
         for warning in warnings:
             logger.warning("MagCache: %s", warning)
         return Run(
@@ -129,8 +127,18 @@ class MagCachePatch:
             blocks=block_keys(patcher) if settings.measure == "blocks" else [],
             clock=StepClock(sigmas, calls_follow_schedule(sampler)),
             cache=ResidualCache(schedule.extrapolate),
-            skipped=frozenset(schedule.skipped),
+            predicted_from=schedule.predicted_from,
         )
+
+
+def _unfit(patcher: ModelPatcher, sampler: str) -> list[str]:
+    """Why no step of this run may be skipped."""
+    found = []
+    if patcher.get_additional_models_with_key("multigpu"):
+        found.append("several GPUs sample this model together: every step is computed")
+    if sampler in OWN_LEVELS:
+        found.append(f"{sampler} chooses its own noise levels: every step is computed")
+    return found
 
 
 def magcache_of(model: ModelPatcher) -> MagCachePatch:

@@ -57,6 +57,17 @@ class Schedule:
         return self.steps - len(self.skipped)
 
     @property
+    def predicted_from(self) -> dict[int, int]:
+        """Each skipped step -> the computed step before it."""
+        skipped, computed, found = set(self.skipped), 0, {}
+        for step in range(self.steps):
+            if step in skipped:
+                found[step] = computed
+            else:
+                computed = step
+        return found
+
+    @property
     def speedup(self) -> float:
         """Steps over computed steps."""
         return self.steps / max(self.computed, 1)

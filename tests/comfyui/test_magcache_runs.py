@@ -1,5 +1,7 @@
 """Everything a graph may do around a MagCache: conditionings, samplers, ranges, other nodes."""
 
+import itertools
+
 import comfy.controlnet
 import comfy.model_management
 import comfy.samplers
@@ -117,11 +119,19 @@ def test_extrapolation_stays_near_the_picture_with_samplers_that_call_several_ti
 
 def test_residuals_of_one_noise_level_replace_each_other_whatever_its_rounding():
     cache = ResidualCache(extrapolate=True)
-    for sigma in (0.9, 0.5, 0.5 * (1 + 1e-6)):
-        cache.store("who", sigma, torch.full((1,), sigma), torch.float32)
+    for step, sigma in ((1, 0.9), (5, 0.5), (5, 0.5 * (1 + 1e-6))):
+        cache.store("who", step, sigma, torch.full((1,), sigma))
     newest, before, w = cache.line("who", 0.4)
     assert (before.sigma, w) == (0.9, pytest.approx(0.25, rel=1e-4))
     assert newest.sigma != 0.5
+
+
+def test_a_tensor_of_another_shape_type_or_device_never_takes_a_residual():
+    who = {"uuids": ["u"], "cond_or_uncond": [0]}
+    x = torch.zeros(1, 4)
+    others = (torch.zeros(1, 5), torch.zeros(2, 4), x.half(), torch.zeros(1, 4, device="meta"))
+    keys = [conditioning_keys(who, tensor, {})[0] for tensor in (x, *others)]
+    assert len(set(keys)) == len(keys)
 
 
 LEVELS = {
@@ -181,8 +191,8 @@ def test_regional_prompts_each_keep_their_own_residual(model):
 
 def test_a_region_and_the_negative_that_core_makes_for_it_are_told_apart():
     """They carry the same uuid."""
-    keys = conditioning_keys({"uuids": ["u", "u"], "cond_or_uncond": [1, 0]}, {})
-    apart = conditioning_keys({"uuids": ["u"], "cond_or_uncond": [0]}, {})
+    keys = conditioning_keys({"uuids": ["u", "u"], "cond_or_uncond": [1, 0]}, torch.zeros(2, 4), {})
+    apart = conditioning_keys({"uuids": ["u"], "cond_or_uncond": [0]}, torch.zeros(1, 4), {})
     assert keys[1] == apart[0] != keys[0]
 
 
@@ -335,6 +345,91 @@ def test_a_conditioning_with_controlnet_is_computed_at_every_step(model):
     assert torch.isfinite(samples).all()
 
 
+class ControlAtStep3(TinyControl):
+    """As core's own, it gives nothing outside its range of the run."""
+
+    def get_control(self, x, timestep, *args):
+        return super().get_control() if 0.6 < float(timestep[0]) < 0.64 else None
+
+
+@pytest.mark.parametrize("measure", ["latent", "blocks"])
+def test_after_a_controlnet_has_acted_nothing_from_before_it_is_used(measure, model):
+    positive = conditioning("flux", 0)
+    positive[0][1]["control"] = ControlAtStep3()
+    patched, patch = cached(model, measure=measure)
+    sample(patched, "flux", positive=positive)
+    assert labels(patch) == {
+        "positive": ((0, 3, 4, 6, 7), (1, 2, 5)),
+        "negative": ((0, 3, 6, 7), SKIPPED),
+    }
+
+
+@pytest.mark.parametrize("sampler", ["dpm_fast", "dpm_adaptive"])
+@pytest.mark.filterwarnings("ignore:To copy construct from a tensor")
+def test_a_sampler_with_noise_levels_of_its_own_is_computed_in_full_and_the_run_says_so(
+    sampler, model
+):
+    patched, patch = cached(model)
+    assert torch.equal(
+        sample(patched, "flux", sampler=sampler), sample(model, "flux", sampler=sampler)
+    )
+    expected = f"{sampler} chooses its own noise levels: every step is computed"
+    assert expected in patch.last_report.schedule.warnings
+
+
+def test_a_residual_older_than_the_schedule_counts_on_is_not_used(model):
+    """A sampler of another pack that calls between the levels, after its first step."""
+
+    def between(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        levels = [sigmas[0], *(0.97 * sigmas[1:-1]), sigmas[-1]]
+        for now, after in itertools.pairwise(levels):
+            denoised = model(x, now * x.new_ones([x.shape[0]]), **extra_args)
+            x = x + (x - denoised) / now * (after - now)
+        return x
+
+    patched, patch = cached(model)
+    sample_levels(patched, [1 - i / 8 for i in range(9)], comfy.samplers.KSAMPLER(between))
+    computed, skipped = labels(patch)["positive"]
+    assert skipped == (1, 2) and computed == (0, 3, 4, 5, 6, 7)
+
+
+@pytest.mark.parametrize("measure", ["latent", "blocks"])
+def test_memory_that_shrinks_in_mid_run_splits_the_batch_and_changes_nothing(
+    measure, model, monkeypatch
+):
+    patched, patch = cached(model, measure=measure)
+    together = sample(patched, "flux")
+    free = type(model).get_free_memory
+    asked = []
+
+    def shrinks(self, device):
+        asked.append(device)
+        return 0 if len(asked) % 3 else free(self, device)
+
+    monkeypatch.setattr(type(model), "get_free_memory", shrinks)
+    assert close(sample(patched, "flux"), together)
+    assert labels(patch)["negative"] == labels(patch)["positive"] == ((0, 3, 6, 7), SKIPPED)
+
+
+def test_an_error_inside_the_model_leaves_nothing_behind(model):
+    failing = []
+
+    def fail(executor, *args, **kwargs):
+        failing.append(1)
+        if len(failing) == 4:
+            raise torch.OutOfMemoryError("not enough memory")
+        return executor(*args, **kwargs)
+
+    patched, patch = cached(model)
+    fresh = sample(patched, "flux")
+    patched.add_wrapper_with_key("diffusion_model", "test", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        sample(patched, "flux")
+    assert patch.last_report is None
+    assert "braid.magcache" not in patched.model_options["transformer_options"]
+    assert torch.equal(sample(patched, "flux"), fresh)
+
+
 def test_a_guidance_node_that_evaluates_twice_does_not_mix_the_residuals(model):
     """Skip-layer guidance and the like call the same conditioning again with other options."""
 
@@ -366,11 +461,11 @@ def test_frames_of_another_context_window_are_another_residual():
         def __init__(self, *frames):
             self.index_list = list(frames)
 
-    calls = {}
+    x, calls = torch.zeros(1, 4), {}
     who = {"uuids": ["u"], "cond_or_uncond": [0]}
-    first = conditioning_keys({**who, "context_window": Window(0, 1)}, calls)
-    second = conditioning_keys({**who, "context_window": Window(1, 2)}, calls)
-    again = conditioning_keys({**who, "context_window": Window(0, 1)}, {})
+    first = conditioning_keys({**who, "context_window": Window(0, 1)}, x, calls)
+    second = conditioning_keys({**who, "context_window": Window(1, 2)}, x, calls)
+    again = conditioning_keys({**who, "context_window": Window(0, 1)}, x, {})
     assert first != second and first == again
 
 
