@@ -20,7 +20,7 @@ class Entry:
     step: int
     sigma: float
     residual: Tensor
-    """(B, C, ...) velocity or denoised latent, or (B, L, D) residual of the blocks."""
+    """(B, C, ...) velocity, or (B, L, D) residual of the blocks."""
 
 
 class ResidualCache:
@@ -89,15 +89,12 @@ def slices(batch: int, conditionings: int) -> list[slice]:
 
 
 def predicted_denoised(
-    cache: ResidualCache, keys: Sequence[Key], x: Tensor, sigma: float, quantity: str
+    cache: ResidualCache, keys: Sequence[Key], x: Tensor, sigma: float
 ) -> Tensor:
     """The denoised latent of a skipped call, for every conditioning of the batch `x`."""
     out = torch.empty_like(x)
     for key, part in zip(keys, slices(x.shape[0], len(keys)), strict=True):
         newest, before, w = cache.line(key, sigma)
         older = before.residual if before else None
-        if quantity == "velocity":
-            denoised_on_line(x[part], sigma, newest.residual, older, w, out[part])
-        else:
-            residual_on_line(newest.residual, older, w, out[part])
+        denoised_on_line(x[part], sigma, newest.residual, older, w, out[part])
     return out

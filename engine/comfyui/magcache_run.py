@@ -64,7 +64,6 @@ class Run:
     """Everything one sampling run remembers; dropped when the run ends."""
 
     schedule: Schedule
-    quantity: str
     blocks: list[BlockKey]
     """Keys of the block stack when measuring blocks, else empty."""
     clock: StepClock
@@ -151,10 +150,10 @@ def _latent(
     skip = run.may_skip(keys, x)
     run.note(keys, options, skip)
     if skip:
-        return predicted_denoised(run.cache, keys, x, run.sigma, run.quantity)
+        return predicted_denoised(run.cache, keys, x, run.sigma)
     denoised = compute(options)
     if run.remembers:
-        residual = denoised if run.quantity == "denoised" else velocity(x, denoised, run.sigma)
+        residual = velocity(x, denoised, run.sigma)
         for key, part in zip(keys, slices(x.shape[0], len(keys)), strict=False):
             run.cache.store(key, run.step, run.sigma, residual[part])
     return denoised

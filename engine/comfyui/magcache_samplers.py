@@ -66,6 +66,11 @@ def adds_noise(sampler: comfy.samplers.Sampler) -> bool:
     return sampler.extra_options.get("eta", eta) != 0
 
 
+def noisy_by_name(name: str) -> bool:
+    """Whether the core sampler of this `sampler_name` adds noise; False where it is not known."""
+    return name in comfy.samplers.SAMPLER_NAMES and adds_noise(comfy.samplers.sampler_object(name))
+
+
 class StepClock:
     """Which step of the schedule a model call belongs to, and its noise level as a Python float.
 

@@ -57,7 +57,7 @@ def skip_cost() -> None:
             caches[name].store(key, 1, 0.8, newer[key : key + 1])
 
     def skip(name):
-        return predicted_denoised(caches[name], [0, 1], x, 0.7, "velocity")
+        return predicted_denoised(caches[name], [0, 1], x, 0.7)
 
     took = interleaved(
         300,

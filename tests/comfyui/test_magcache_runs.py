@@ -25,13 +25,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from comfyui_braid.engine.comfyui.magcache_cache import ResidualCache
 from comfyui_braid.engine.comfyui.magcache_calibrate import Calibrator
+from comfyui_braid.engine.comfyui.magcache_conditions import schedule_knots
+from comfyui_braid.engine.comfyui.magcache_patch import MagCacheSettings
 from comfyui_braid.engine.comfyui.magcache_run import conditioning_keys
 from comfyui_braid.engine.comfyui.magcache_samplers import (
     adds_noise,
     calls_follow_schedule,
 )
 from comfyui_braid.engine.comfyui.playground import load_playground_model
+from comfyui_braid.engine.magcache.presets import preset_named, presets
 from comfyui_braid.engine.magcache.rules import MagCacheRule, PlannedRule
+from comfyui_braid.engine.magcache.schedule import plan_schedule
+from comfyui_braid.nodes.magcache_inputs import planned_strip
 
 SKIPPED = (1, 2, 4, 5)
 
@@ -90,8 +95,6 @@ def test_every_kind_of_sampler_skips_whole_steps(sampler, model):
 def test_calibrations_of_every_kind_of_sampler_are_whole(sampler, model):
     plan, _ = calibrate(model, "flux", sampler=sampler)
     assert plan.calibrated and len(plan.inner_products) == STEPS
-    noisy = sampler in ("euler_ancestral", "dpmpp_sde")
-    assert plan.conditions.quantity == ("denoised" if noisy else "velocity")
 
 
 def test_a_sampler_off_the_schedule_cannot_calibrate_and_says_so(model):
@@ -562,19 +565,49 @@ def test_memory_stays_at_two_residuals_per_conditioning(model):
     assert "braid.magcache" not in patched.model_options["transformer_options"]
 
 
-@pytest.mark.parametrize("sampler", ["euler", "euler_ancestral"])
-def test_planned_runs_of_noisy_samplers_predict_the_denoised_latent(sampler, model):
-    runs = []
+@pytest.mark.parametrize("interpolation", ["cumulative", "nearest"])
+@pytest.mark.parametrize("name", presets())
+def test_a_published_list_is_planned_as_it_runs_at_its_own_number_of_steps(
+    name, interpolation, model
+):
+    """With `nearest`, at any number of steps."""
+    plan = preset_named(name)
+    own = plan.conditions.steps
+    rule = MagCacheRule(interpolation=interpolation)
+    for steps in (own,) if interpolation == "cumulative" else (own, 20, 35):
+        strip = planned_strip(MagCacheSettings(plan=plan, rule=rule), steps)["skipped"]
+        levels = schedule_knots(model, steps)
+        run = plan_schedule(plan, [*levels, 0.0], rule, knots=schedule_knots(model, own))
+        assert list(run.skipped) == strip
 
-    def outer(executor, *args, **kwargs):
-        runs.append(executor.class_obj.model_options["transformer_options"]["braid.magcache"])
-        return executor(*args, **kwargs)
 
-    plan, _ = calibrate(model, "flux", sampler=sampler)
-    for rule in (PlannedRule(speedup=2.0), GREEDY):
+def warnings_of(patch):
+    return " / ".join(patch.last_report.schedule.warnings)
+
+
+@pytest.mark.parametrize("sampler", ["euler_ancestral", "dpmpp_sde"])
+def test_planned_runs_of_samplers_that_add_noise_reuse_and_say_so(sampler, model):
+    plan, _ = calibrate(model, "flux", steps=12)
+    patched, patch = cached(model, plan, PlannedRule(speedup=2.0))
+    extrapolating = sample(patched, "flux", steps=12, sampler=sampler)
+    assert not patch.last_report.schedule.extrapolate
+    assert f"{sampler} adds noise, which would be extrapolated" in warnings_of(patch)
+    patched, patch = cached(model, plan, PlannedRule(speedup=2.0, predict="reuse"))
+    assert torch.equal(sample(patched, "flux", steps=12, sampler=sampler), extrapolating)
+    assert "adds noise" not in warnings_of(patch)
+
+
+def test_without_noise_the_planned_rule_extrapolates_as_told(model):
+    plan, _ = calibrate(model, "flux", steps=12)
+    patched, patch = cached(model, plan, PlannedRule(speedup=2.0))
+    sample(patched, "flux", steps=12, sampler="dpmpp_2m")
+    assert patch.last_report.schedule.extrapolate and "adds noise" not in warnings_of(patch)
+
+
+def test_a_calibration_under_noise_is_told_to_the_planned_rule(model):
+    plan, _ = calibrate(model, "flux", steps=12, sampler="euler_ancestral")
+    told = "calibrated with euler_ancestral, which adds noise: calibrate with euler instead"
+    for rule, expected in ((PlannedRule(speedup=2.0), True), (GREEDY, False)):
         patched, patch = cached(model, plan, rule)
-        patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "test", outer)
-        assert torch.isfinite(sample(patched, "flux", sampler=sampler)).all()
-        assert patch.last_report.schedule.skipped
-    expected = "denoised" if sampler == "euler_ancestral" else "velocity"
-    assert [run.quantity for run in runs] == [expected, "velocity"]
+        sample(patched, "flux", steps=12)
+        assert (told in warnings_of(patch)) == expected
