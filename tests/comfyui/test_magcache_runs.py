@@ -1,6 +1,9 @@
 """Everything a graph may do around a MagCache: conditionings, samplers, ranges, other nodes."""
 
+import contextlib
+import gc
 import itertools
+import weakref
 
 import comfy.controlnet
 import comfy.model_management
@@ -29,8 +32,12 @@ from comfyui_braid.engine.comfyui.magcache_conditions import schedule_knots
 from comfyui_braid.engine.comfyui.magcache_patch import MagCacheSettings
 from comfyui_braid.engine.comfyui.magcache_run import conditioning_keys
 from comfyui_braid.engine.comfyui.magcache_samplers import (
+    OWN_LEVELS,
     adds_noise,
     calls_follow_schedule,
+    noisy_by_name,
+    same_level,
+    sampler_name,
 )
 from comfyui_braid.engine.comfyui.playground import load_playground_model
 from comfyui_braid.engine.magcache.presets import preset_named, presets
@@ -56,6 +63,7 @@ def test_what_is_said_of_a_core_sampler_is_what_it_does(sampler, model):
 
     def outer(executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
         facts.update(
+            name=sampler_name(sampler),
             follows=calls_follow_schedule(sampler),
             noisy=adds_noise(sampler),
             sigmas=sigmas.tolist()[:-1],
@@ -71,8 +79,13 @@ def test_what_is_said_of_a_core_sampler_is_what_it_does(sampler, model):
     sample(model, "flux", steps=4, cfg=1.0, sampler=sampler)
     if facts["follows"]:  # SDE samplers start a little below the first level
         assert levels == pytest.approx(facts["sigmas"], abs=3e-4)
+    on_schedule = all(
+        any(same_level(sigma, level) for level in levels) for sigma in facts["sigmas"]
+    )
+    assert on_schedule == (sampler not in OWN_LEVELS)
     noisy = ("ancestral", "sde", "ddpm", "lcm", "seeds", "sa_solver")
     assert facts["noisy"] == any(word in sampler for word in noisy)
+    assert noisy_by_name(facts["name"]) == facts["noisy"]
 
 
 SAMPLERS_RUN = (
@@ -414,22 +427,32 @@ def test_memory_that_shrinks_in_mid_run_splits_the_batch_and_changes_nothing(
     assert labels(patch)["negative"] == labels(patch)["positive"] == ((0, 3, 6, 7), SKIPPED)
 
 
-def test_an_error_inside_the_model_leaves_nothing_behind(model):
-    failing = []
+@pytest.mark.parametrize("fails", [False, True], ids=["finished", "failed"])
+@pytest.mark.parametrize("measure", ["latent", "blocks"])
+def test_the_residuals_are_freed_with_the_run(measure, fails, model):
+    alive, calls = weakref.WeakSet(), []
 
-    def fail(executor, *args, **kwargs):
-        failing.append(1)
-        if len(failing) == 4:
+    def outer(executor, *args, **kwargs):
+        run = executor.class_obj.model_options["transformer_options"]["braid.magcache"]
+        alive.add(run.cache)
+        return executor(*args, **kwargs)
+
+    def compute(executor, *args, **kwargs):
+        calls.append(1)
+        if fails and len(calls) == 2:
             raise torch.OutOfMemoryError("not enough memory")
         return executor(*args, **kwargs)
 
-    patched, patch = cached(model)
+    patched, patch = cached(model, measure=measure)
     fresh = sample(patched, "flux")
-    patched.add_wrapper_with_key("diffusion_model", "test", fail)
-    with pytest.raises(torch.OutOfMemoryError):
-        sample(patched, "flux")
-    assert patch.last_report is None
-    assert "braid.magcache" not in patched.model_options["transformer_options"]
+    tapped = patched.clone()
+    tapped.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "test", outer)
+    tapped.add_wrapper_with_key("diffusion_model", "test", compute)
+    with pytest.raises(torch.OutOfMemoryError) if fails else contextlib.nullcontext():
+        sample(tapped, "flux")
+    gc.collect()
+    assert calls and not alive
+    assert (patch.last_report is None) == fails
     assert torch.equal(sample(patched, "flux"), fresh)
 
 
