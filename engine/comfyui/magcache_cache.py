@@ -9,18 +9,18 @@ from torch import Tensor
 from .magcache_samplers import same_level
 
 Key = Hashable
-"""Which evaluation a residual belongs to: conditioning, its n-th call in this step, its frames."""
+"""Which evaluation a residual belongs to: conditioning, its frames, shape, dtype and device, and
+how often it came in one call. A residual is only ever added to a tensor of the same key."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One cached residual."""
 
+    step: int
     sigma: float
     residual: Tensor
-    """(B, C, ...) velocity or denoised latent, or (B, L, D) residual of the blocks."""
-    taken_from: torch.dtype
-    """Data type of the tensor it will be added to."""
+    """(B, C, ...) velocity, or (B, L, D) residual of the blocks."""
 
 
 class ResidualCache:
@@ -30,41 +30,29 @@ class ResidualCache:
         self._keep = 2 if extrapolate else 1
         self._entries: dict[Key, tuple[Entry, ...]] = {}
 
-    def store(self, key: Key, sigma: float, residual: Tensor, taken_from: torch.dtype) -> None:
+    def store(self, key: Key, step: int, sigma: float, residual: Tensor) -> None:
         """Remember `residual`; one stored at the same noise level is replaced.
 
         Two-calls-a-step samplers come to a level twice, with a rounding between: a line through
         those two would point anywhere.
         """
         older = [e for e in self._entries.get(key, ()) if not same_level(e.sigma, sigma)]
-        kept = (*older, Entry(sigma, residual, taken_from))
+        kept = (*older, Entry(step, sigma, residual))
         self._entries[key] = kept[-self._keep :]
 
     def drop(self, key: Key) -> None:
         """Forget a conditioning, because what it computes has changed."""
         self._entries.pop(key, None)
 
-    def holds(self, key: Key) -> bool:
-        """True when there is a residual."""
-        return key in self._entries
-
-    def fits(self, key: Key, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> bool:
-        """True when there is a residual that may be added to such a tensor."""
-        entries = self._entries.get(key)
-        if not entries:
-            return False
-        newest = entries[-1]
-        return (
-            newest.residual.shape == shape
-            and newest.residual.device == device
-            and newest.taken_from == dtype
-        )
+    def holds(self, key: Key, step: int) -> bool:
+        """True when there is a residual of `step`, or of a later one."""
+        return key in self._entries and self._entries[key][-1].step >= step
 
     def line(self, key: Key, sigma: float) -> tuple[Entry, Entry | None, float]:
         """(newest, the one before or None, w): r(sigma) = newest + w (newest - before)."""
         entries = self._entries[key]
         newest = entries[-1]
-        if len(entries) < 2 or entries[0].residual.shape != newest.residual.shape:
+        if len(entries) < 2:
             return newest, None, 0.0
         before = entries[0]
         return newest, before, (sigma - newest.sigma) / (newest.sigma - before.sigma)
@@ -101,15 +89,12 @@ def slices(batch: int, conditionings: int) -> list[slice]:
 
 
 def predicted_denoised(
-    cache: ResidualCache, keys: Sequence[Key], x: Tensor, sigma: float, quantity: str
+    cache: ResidualCache, keys: Sequence[Key], x: Tensor, sigma: float
 ) -> Tensor:
     """The denoised latent of a skipped call, for every conditioning of the batch `x`."""
     out = torch.empty_like(x)
     for key, part in zip(keys, slices(x.shape[0], len(keys)), strict=True):
         newest, before, w = cache.line(key, sigma)
         older = before.residual if before else None
-        if quantity == "velocity":
-            denoised_on_line(x[part], sigma, newest.residual, older, w, out[part])
-        else:
-            residual_on_line(newest.residual, older, w, out[part])
+        denoised_on_line(x[part], sigma, newest.residual, older, w, out[part])
     return out

@@ -51,12 +51,6 @@ class Measurement:
             self.recorders[label] = ResidualRecorder(label, channel_dim)
         self.recorders[label].add(residual)
 
-    def output(self, x: Tensor, denoised: Tensor) -> Tensor:
-        """What a latent cache would keep of this call."""
-        if self.conditions.quantity == "denoised":
-            return denoised
-        return velocity(x, denoised, self.sigma)
-
     def plan(self) -> MagCachePlan:
         """The finished plan; ValueError when not every step could be measured."""
         steps = self.conditions.steps
@@ -151,7 +145,7 @@ def predict_noise(executor, x, timestep, model_options=None, seed=None):
     run.tick(timestep)
     denoised = executor(x, timestep, model_options, seed)
     if run.active:
-        run.add(GUIDED, run.output(x, denoised), channel_dim=1)
+        run.add(GUIDED, velocity(x, denoised, run.sigma), channel_dim=1)
     return denoised
 
 
@@ -175,10 +169,10 @@ def apply_model(
 
     if run is None or not run.active or "uuids" not in options:
         return compute(options)
-    keys = conditioning_keys(options, run.calls)
+    keys = conditioning_keys(options, x, run.calls)
     stack = StackMeasure(run.blocks) if run.blocks else None
     denoised = compute(with_hooks(options, stack.hooks()) if stack else options)
-    residual = stack.residual if stack else run.output(x, denoised)
+    residual = stack.residual if stack else velocity(x, denoised, run.sigma)
     parts = slices(x.shape[0], len(keys))
     for key, index, part in zip(keys, options["cond_or_uncond"], parts, strict=False):
         run.add(run.names.name(key, index), residual[part], channel_dim=-1 if stack else 1)

@@ -9,7 +9,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ..magcache.plan import Conditions
-from .magcache_samplers import adds_noise, sampler_name
+from .magcache_samplers import sampler_name
 
 
 def network_settings(patcher: ModelPatcher) -> dict[str, Any]:
@@ -61,7 +61,6 @@ def run_conditions(
         cfg=float(guider.cfg),
         dtype=str(patcher.model.get_dtype_inference()).removeprefix("torch."),
         measure=measure,
-        quantity="denoised" if measure == "latent" and adds_noise(sampler) else "velocity",
     )
 
 

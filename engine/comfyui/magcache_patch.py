@@ -15,19 +15,27 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.model_patcher
+import comfy.samplers
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ..magcache.plan import MagCachePlan, mismatches
 from ..magcache.report import ConditioningCount, RunReport
-from ..magcache.rules import Rule
+from ..magcache.rules import PlannedRule, Rule
 from ..magcache.schedule import plan_schedule
 from .magcache_blocks import block_keys
 from .magcache_cache import ResidualCache
 from .magcache_conditions import run_conditions, schedule_knots, skippable
 from .magcache_run import KEY, Run, apply_model, predict_noise
-from .magcache_samplers import StepClock, calls_follow_schedule
+from .magcache_samplers import (
+    OWN_LEVELS,
+    StepClock,
+    adds_noise,
+    calls_follow_schedule,
+    noisy_by_name,
+    sampler_name,
+)
 
 CALIBRATE_KEY = "braid.magcache.calibrate"
 RIVALS = ("easycache", "lazycache", "teacache")
@@ -108,29 +116,61 @@ class MagCachePatch:
         settings, patcher = self.settings, guider.model_patcher
         plan = settings.plan
         conditions = run_conditions(guider, sampler, sigmas, latent, settings.measure)
-        several = bool(patcher.get_additional_models_with_key("multigpu"))
+        unfit = _unfit(patcher, conditions.sampler)
         allowed = [
-            ok and not several
+            ok and not unfit
             for ok in skippable(patcher, sigmas, settings.start_percent, settings.end_percent)
         ]
         knots = schedule_knots(patcher, plan.conditions.steps)
-        schedule = plan_schedule(plan, sigmas, settings.rule, allowed, knots)
+        rule, about_noise = _rule_for(settings, sampler)
+        schedule = plan_schedule(plan, sigmas, rule, allowed, knots)
         differ = mismatches(plan.conditions, conditions) if plan.calibrated else []
-        warnings = [*differ, *schedule.warnings]
-        if several:
-            warnings.append("several GPUs sample this model together: every step is computed")
+        warnings = [*differ, *about_noise, *schedule.warnings, *unfit]
         for warning in warnings:
             logger.warning("MagCache: %s", warning)
         return Run(
             schedule=replace(schedule, warnings=tuple(warnings)),
-            # after fresh noise a repeated velocity beats a repeated denoised latent, and an
-            # extrapolated denoised latent beats both (measured on the playground)
-            quantity=conditions.quantity if schedule.planned else "velocity",
             blocks=block_keys(patcher) if settings.measure == "blocks" else [],
             clock=StepClock(sigmas, calls_follow_schedule(sampler)),
             cache=ResidualCache(schedule.extrapolate),
-            skipped=frozenset(schedule.skipped),
+            predicted_from=schedule.predicted_from,
         )
+
+
+def _unfit(patcher: ModelPatcher, sampler: str) -> list[str]:
+    """Why no step of this run may be skipped."""
+    found = []
+    if patcher.get_additional_models_with_key("multigpu"):
+        found.append("several GPUs sample this model together: every step is computed")
+    if sampler in OWN_LEVELS:
+        found.append(f"{sampler} chooses its own noise levels: every step is computed")
+    return found
+
+
+def _rule_for(
+    settings: MagCacheSettings, sampler: comfy.samplers.Sampler
+) -> tuple[Rule, list[str]]:
+    """The rule of a run, and sentences about noise that is added between the model's calls.
+
+    Fresh noise lies on no line, and extrapolating amplifies it. A calibration under it measures
+    mostly noise that the next computed step removes anyway.
+    """
+    rule, warnings = settings.rule, []
+    if not isinstance(rule, PlannedRule):
+        return rule, warnings
+    measured_with = settings.plan.conditions.sampler
+    if noisy_by_name(measured_with):
+        warnings.append(
+            f"calibrated with {measured_with}, which adds noise: calibrate with euler instead, its "
+            "plan serves every sampler"
+        )
+    if rule.predict == "extrapolate" and adds_noise(sampler):
+        rule = replace(rule, predict="reuse")
+        warnings.append(
+            f"{sampler_name(sampler)} adds noise, which would be extrapolated: skipped steps "
+            "repeat the last computed one (predict reuse)"
+        )
+    return rule, warnings
 
 
 def magcache_of(model: ModelPatcher) -> MagCachePatch:

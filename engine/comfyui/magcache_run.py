@@ -23,8 +23,8 @@ KEY = "braid.magcache"
 Compute = Callable[[dict[str, Any]], Tensor]
 
 
-def conditioning_keys(options: dict[str, Any], calls: dict[Key, int]) -> list[Key]:
-    """One key per conditioning of a batch: list, uuid, frames, how often it came in this call.
+def conditioning_keys(options: dict[str, Any], x: Tensor, calls: dict[Key, int]) -> list[Key]:
+    """One key per conditioning of the batch `x`: which one it is, on what, and how often by now.
 
     A uuid alone does not tell: core gives a regional prompt's uuid to the negative it makes for
     its area, guidance nodes evaluate a conditioning twice in a step with other options, and
@@ -32,9 +32,11 @@ def conditioning_keys(options: dict[str, Any], calls: dict[Key, int]) -> list[Ke
     """
     window = options.get("context_window")
     frames = tuple(window.index_list) if window is not None else ()
+    uuids = options["uuids"]
+    tensor = (x.shape[0] / max(len(uuids), 1), x.shape[1:], x.dtype, x.device)
     keys = []
-    for index, uuid in zip(options["cond_or_uncond"], options["uuids"], strict=True):
-        who = (index, uuid, frames)
+    for index, uuid in zip(options["cond_or_uncond"], uuids, strict=True):
+        who = (index, uuid, frames, tensor)
         calls[who] = calls.get(who, 0) + 1
         keys.append((*who, calls[who]))
     return keys
@@ -62,12 +64,12 @@ class Run:
     """Everything one sampling run remembers; dropped when the run ends."""
 
     schedule: Schedule
-    quantity: str
     blocks: list[BlockKey]
     """Keys of the block stack when measuring blocks, else empty."""
     clock: StepClock
     cache: ResidualCache
-    skipped: frozenset[int]
+    predicted_from: dict[int, int]
+    """Each step to be skipped -> the computed step before it."""
     step: int = 0
     sigma: float = 0.0
     on_schedule: bool = True
@@ -82,16 +84,19 @@ class Run:
         self.calls.clear()
 
     def may_skip(self, keys: list[Key], x: Tensor) -> bool:
-        """True when the schedule skips this step and every conditioning has a fitting residual."""
-        parts = slices(x.shape[0], len(keys))
+        """True when the schedule skips this step and every conditioning has a residual of the step
+        that the schedule counts on; an older one would say little."""
+        base = self.predicted_from.get(self.step)
         return (
-            self.step in self.skipped
-            and bool(parts)
-            and all(
-                self.cache.fits(key, x[part].shape, x.dtype, x.device)
-                for key, part in zip(keys, parts, strict=True)
-            )
+            base is not None
+            and bool(slices(x.shape[0], len(keys)))
+            and all(self.cache.holds(key, base) for key in keys)
         )
+
+    @property
+    def remembers(self) -> bool:
+        """True when what is computed now may be needed later."""
+        return bool(self.predicted_from) and self.on_schedule and self.sigma > 0
 
     def note(self, keys: list[Key], options: dict[str, Any], skipped: bool) -> None:
         """Count the call for the report."""
@@ -129,7 +134,7 @@ def apply_model(
 
     if run is None or "uuids" not in options:
         return compute(options)
-    keys = conditioning_keys(options, run.calls)
+    keys = conditioning_keys(options, x, run.calls)
     if control is not None or executor.class_obj.current_patcher.current_hooks is not None:
         for key in keys:  # what it computes changes from step to step for other reasons
             run.cache.drop(key)
@@ -145,38 +150,33 @@ def _latent(
     skip = run.may_skip(keys, x)
     run.note(keys, options, skip)
     if skip:
-        return predicted_denoised(run.cache, keys, x, run.sigma, run.quantity)
+        return predicted_denoised(run.cache, keys, x, run.sigma)
     denoised = compute(options)
-    if run.skipped and run.on_schedule and run.sigma > 0:
-        residual = denoised if run.quantity == "denoised" else velocity(x, denoised, run.sigma)
+    if run.remembers:
+        residual = velocity(x, denoised, run.sigma)
         for key, part in zip(keys, slices(x.shape[0], len(keys)), strict=False):
-            run.cache.store(key, run.sigma, residual[part], x.dtype)
+            run.cache.store(key, run.step, run.sigma, residual[part])
     return denoised
 
 
 def _blocks(
     run: Run, keys: list[Key], x: Tensor, options: dict[str, Any], compute: Compute
 ) -> Tensor:
-    """As `_latent`, for the residual of the block stack; embedding and output layers always run.
-
-    The hidden state's shape is only known inside the network, so each key also carries x's shape.
-    """
-    keys = [(key, x.shape[1:], x.dtype) for key in keys]
+    """As `_latent`, for the residual of the block stack; embedding and output layers always run."""
     parts = slices(x.shape[0], len(keys))
     patched_between = {"double_block", "single_block"} & set(options.get("patches", {}))
-    known = bool(parts) and not patched_between and all(map(run.cache.holds, keys))
-    skip = known and run.step in run.skipped
+    skip = not patched_between and run.may_skip(keys, x)
     run.note(keys, options, skip)
     if skip:
         return compute(with_hooks(options, skipping_hooks(run.blocks, _residual_for(run, keys))))
-    if not (run.skipped and run.on_schedule and parts):
+    if not (run.remembers and parts):
         return compute(options)
     measure = StackMeasure(run.blocks)
     denoised = compute(with_hooks(options, measure.hooks()))
     residual = measure.residual
     if residual is not None:
         for key, part in zip(keys, parts, strict=True):
-            run.cache.store(key, run.sigma, residual[part], residual.dtype)
+            run.cache.store(key, run.step, run.sigma, residual[part])
     return denoised
 
 

@@ -19,6 +19,8 @@ ONE_CALL_A_STEP = frozenset(
     ).split()
 )
 """Core samplers whose n-th call is at the schedule's n-th noise level (a test checks every one)."""
+OWN_LEVELS = frozenset(("dpm_fast", "dpm_adaptive"))
+"""Core samplers that choose noise levels of their own between the schedule's first and last."""
 SAME_LEVEL = 5e-4
 """Relative distance of noise levels that count as one: samplers compute a level in several ways."""
 NOISELESS = frozenset(("sample_res_multistep", "sample_res_multistep_cfg_pp"))
@@ -33,7 +35,8 @@ def same_level(sigma: float, other: float) -> bool:
 def sampler_name(sampler: comfy.samplers.Sampler) -> str:
     """The name a person knows: `euler`, `dpmpp_2m` …; the class name for other samplers."""
     if isinstance(sampler, comfy.samplers.KSAMPLER):
-        return sampler.sampler_function.__name__.removeprefix("sample_")
+        name = sampler.sampler_function.__name__
+        return name.removeprefix("sample_").removesuffix("_function")
     return type(sampler).__name__
 
 
@@ -61,6 +64,11 @@ def adds_noise(sampler: comfy.samplers.Sampler) -> bool:
         return False
     eta = parameters["eta"].default if "eta" in parameters else 1.0
     return sampler.extra_options.get("eta", eta) != 0
+
+
+def noisy_by_name(name: str) -> bool:
+    """Whether the core sampler of this `sampler_name` adds noise; False where it is not known."""
+    return name in comfy.samplers.SAMPLER_NAMES and adds_noise(comfy.samplers.sampler_object(name))
 
 
 class StepClock:

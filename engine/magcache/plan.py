@@ -41,8 +41,6 @@ class Conditions:
     """Data type the model computed in."""
     measure: str = ""
     """`latent` (output of the whole model) or `blocks` (residual of the block stack)."""
-    quantity: str = "velocity"
-    """`velocity`, or `denoised` for samplers that add noise."""
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -245,7 +243,6 @@ CHECKED = {
     "cfg": "another guidance scale",
     "dtype": "another data type",
     "measure": "another cached quantity",
-    "quantity": "another cached quantity",
 }
 
 

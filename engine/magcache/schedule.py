@@ -57,6 +57,17 @@ class Schedule:
         return self.steps - len(self.skipped)
 
     @property
+    def predicted_from(self) -> dict[int, int]:
+        """Each skipped step -> the computed step before it."""
+        skipped, computed, found = set(self.skipped), 0, {}
+        for step in range(self.steps):
+            if step in skipped:
+                found[step] = computed
+            else:
+                computed = step
+        return found
+
+    @property
     def speedup(self) -> float:
         """Steps over computed steps."""
         return self.steps / max(self.computed, 1)
@@ -172,16 +183,12 @@ def _errors(
 ) -> tuple[Array, Array]:
     """Prediction errors of the run's steps, and what each costs the final latent to first order.
 
-    An error e of the velocity over one step moves the latent by e |d sigma|; an error of the
-    denoised latent is an error e / sigma of the velocity.
+    An error e of the velocity over one step moves the latent by e |d sigma|.
     """
     at = np.asarray(sigmas)
     interpolate = interpolation_weights(plan.conditions.sigmas[:-1], at[:-1])
     inner = interpolate @ full_matrix(plan.inner_products) @ interpolate.T
-    weights = np.abs(np.diff(at))
-    if plan.conditions.quantity == "denoised":
-        weights = weights / np.maximum(at[:-1], 1e-6)
-    return prediction_errors(inner, at[:-1], reach, extrapolate), weights
+    return prediction_errors(inner, at[:-1], reach, extrapolate), np.abs(np.diff(at))
 
 
 def _planned(

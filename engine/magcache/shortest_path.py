@@ -105,11 +105,13 @@ def least_error_paths(costs: Array, warmup: int) -> tuple[Array, Gaps]:
     came_from = np.zeros((steps, gaps, steps + 1), dtype=np.int64)
     least[warmup - 1, 0, warmup] = 0.0
     for b in range(warmup - 1, steps - 1):
-        through = least[b][:, None, :] + costs[b][:, :, None]  # (gap, jump, evaluations)
-        best, gap = through.min(axis=0), through.argmin(axis=0)
+        so_far = least[b, :, None, : b + 2]  # at most b + 1 evaluations
+        through = so_far + costs[b][:, :, None]  # (gap, jump, evaluations)
+        gap = through.argmin(axis=0)
+        best = np.take_along_axis(through, gap[None], axis=0)[0]
         for jump in range(min(jumps, steps - 1 - b)):
-            least[b + jump + 1, jump, 1:] = best[jump, :-1]
-            came_from[b + jump + 1, jump, 1:] = gap[jump, :-1]
+            least[b + jump + 1, jump, 1 : b + 3] = best[jump]
+            came_from[b + jump + 1, jump, 1 : b + 3] = gap[jump]
     return least, came_from
 
 

@@ -53,11 +53,11 @@ def skip_cost() -> None:
     for name, extrapolate in (("reuse", False), ("extrapolate", True)):
         caches[name] = ResidualCache(extrapolate)
         for key in (0, 1):
-            caches[name].store(key, 0.9, older[key : key + 1], x.dtype)
-            caches[name].store(key, 0.8, newer[key : key + 1], x.dtype)
+            caches[name].store(key, 0, 0.9, older[key : key + 1])
+            caches[name].store(key, 1, 0.8, newer[key : key + 1])
 
     def skip(name):
-        return predicted_denoised(caches[name], [0, 1], x, 0.7, "velocity")
+        return predicted_denoised(caches[name], [0, 1], x, 0.7)
 
     took = interleaved(
         300,

@@ -54,7 +54,7 @@ def sample_levels(model, levels, sampler="euler", name="flux"):
             model,
             noise,
             2.0,
-            comfy.samplers.sampler_object(sampler),
+            comfy.samplers.sampler_object(sampler) if isinstance(sampler, str) else sampler,
             torch.tensor(levels),
             conditioning(name, 0),
             conditioning(name, 1),

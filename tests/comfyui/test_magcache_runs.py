@@ -1,5 +1,10 @@
 """Everything a graph may do around a MagCache: conditionings, samplers, ranges, other nodes."""
 
+import contextlib
+import gc
+import itertools
+import weakref
+
 import comfy.controlnet
 import comfy.model_management
 import comfy.samplers
@@ -23,13 +28,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from comfyui_braid.engine.comfyui.magcache_cache import ResidualCache
 from comfyui_braid.engine.comfyui.magcache_calibrate import Calibrator
+from comfyui_braid.engine.comfyui.magcache_conditions import schedule_knots
+from comfyui_braid.engine.comfyui.magcache_patch import MagCacheSettings
 from comfyui_braid.engine.comfyui.magcache_run import conditioning_keys
 from comfyui_braid.engine.comfyui.magcache_samplers import (
+    OWN_LEVELS,
     adds_noise,
     calls_follow_schedule,
+    noisy_by_name,
+    same_level,
+    sampler_name,
 )
 from comfyui_braid.engine.comfyui.playground import load_playground_model
+from comfyui_braid.engine.magcache.presets import preset_named, presets
 from comfyui_braid.engine.magcache.rules import MagCacheRule, PlannedRule
+from comfyui_braid.engine.magcache.schedule import plan_schedule
+from comfyui_braid.nodes.magcache_inputs import planned_strip
 
 SKIPPED = (1, 2, 4, 5)
 
@@ -49,6 +63,7 @@ def test_what_is_said_of_a_core_sampler_is_what_it_does(sampler, model):
 
     def outer(executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
         facts.update(
+            name=sampler_name(sampler),
             follows=calls_follow_schedule(sampler),
             noisy=adds_noise(sampler),
             sigmas=sigmas.tolist()[:-1],
@@ -64,8 +79,13 @@ def test_what_is_said_of_a_core_sampler_is_what_it_does(sampler, model):
     sample(model, "flux", steps=4, cfg=1.0, sampler=sampler)
     if facts["follows"]:  # SDE samplers start a little below the first level
         assert levels == pytest.approx(facts["sigmas"], abs=3e-4)
+    on_schedule = all(
+        any(same_level(sigma, level) for level in levels) for sigma in facts["sigmas"]
+    )
+    assert on_schedule == (sampler not in OWN_LEVELS)
     noisy = ("ancestral", "sde", "ddpm", "lcm", "seeds", "sa_solver")
     assert facts["noisy"] == any(word in sampler for word in noisy)
+    assert noisy_by_name(facts["name"]) == facts["noisy"]
 
 
 SAMPLERS_RUN = (
@@ -88,8 +108,6 @@ def test_every_kind_of_sampler_skips_whole_steps(sampler, model):
 def test_calibrations_of_every_kind_of_sampler_are_whole(sampler, model):
     plan, _ = calibrate(model, "flux", sampler=sampler)
     assert plan.calibrated and len(plan.inner_products) == STEPS
-    noisy = sampler in ("euler_ancestral", "dpmpp_sde")
-    assert plan.conditions.quantity == ("denoised" if noisy else "velocity")
 
 
 def test_a_sampler_off_the_schedule_cannot_calibrate_and_says_so(model):
@@ -117,11 +135,19 @@ def test_extrapolation_stays_near_the_picture_with_samplers_that_call_several_ti
 
 def test_residuals_of_one_noise_level_replace_each_other_whatever_its_rounding():
     cache = ResidualCache(extrapolate=True)
-    for sigma in (0.9, 0.5, 0.5 * (1 + 1e-6)):
-        cache.store("who", sigma, torch.full((1,), sigma), torch.float32)
+    for step, sigma in ((1, 0.9), (5, 0.5), (5, 0.5 * (1 + 1e-6))):
+        cache.store("who", step, sigma, torch.full((1,), sigma))
     newest, before, w = cache.line("who", 0.4)
     assert (before.sigma, w) == (0.9, pytest.approx(0.25, rel=1e-4))
     assert newest.sigma != 0.5
+
+
+def test_a_tensor_of_another_shape_type_or_device_never_takes_a_residual():
+    who = {"uuids": ["u"], "cond_or_uncond": [0]}
+    x = torch.zeros(1, 4)
+    others = (torch.zeros(1, 5), torch.zeros(2, 4), x.half(), torch.zeros(1, 4, device="meta"))
+    keys = [conditioning_keys(who, tensor, {})[0] for tensor in (x, *others)]
+    assert len(set(keys)) == len(keys)
 
 
 LEVELS = {
@@ -181,8 +207,8 @@ def test_regional_prompts_each_keep_their_own_residual(model):
 
 def test_a_region_and_the_negative_that_core_makes_for_it_are_told_apart():
     """They carry the same uuid."""
-    keys = conditioning_keys({"uuids": ["u", "u"], "cond_or_uncond": [1, 0]}, {})
-    apart = conditioning_keys({"uuids": ["u"], "cond_or_uncond": [0]}, {})
+    keys = conditioning_keys({"uuids": ["u", "u"], "cond_or_uncond": [1, 0]}, torch.zeros(2, 4), {})
+    apart = conditioning_keys({"uuids": ["u"], "cond_or_uncond": [0]}, torch.zeros(1, 4), {})
     assert keys[1] == apart[0] != keys[0]
 
 
@@ -335,6 +361,101 @@ def test_a_conditioning_with_controlnet_is_computed_at_every_step(model):
     assert torch.isfinite(samples).all()
 
 
+class ControlAtStep3(TinyControl):
+    """As core's own, it gives nothing outside its range of the run."""
+
+    def get_control(self, x, timestep, *args):
+        return super().get_control() if 0.6 < float(timestep[0]) < 0.64 else None
+
+
+@pytest.mark.parametrize("measure", ["latent", "blocks"])
+def test_after_a_controlnet_has_acted_nothing_from_before_it_is_used(measure, model):
+    positive = conditioning("flux", 0)
+    positive[0][1]["control"] = ControlAtStep3()
+    patched, patch = cached(model, measure=measure)
+    sample(patched, "flux", positive=positive)
+    assert labels(patch) == {
+        "positive": ((0, 3, 4, 6, 7), (1, 2, 5)),
+        "negative": ((0, 3, 6, 7), SKIPPED),
+    }
+
+
+@pytest.mark.parametrize("sampler", ["dpm_fast", "dpm_adaptive"])
+@pytest.mark.filterwarnings("ignore:To copy construct from a tensor")
+def test_a_sampler_with_noise_levels_of_its_own_is_computed_in_full_and_the_run_says_so(
+    sampler, model
+):
+    patched, patch = cached(model)
+    assert torch.equal(
+        sample(patched, "flux", sampler=sampler), sample(model, "flux", sampler=sampler)
+    )
+    expected = f"{sampler} chooses its own noise levels: every step is computed"
+    assert expected in patch.last_report.schedule.warnings
+
+
+def test_a_residual_older_than_the_schedule_counts_on_is_not_used(model):
+    """A sampler of another pack that calls between the levels, after its first step."""
+
+    def between(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        levels = [sigmas[0], *(0.97 * sigmas[1:-1]), sigmas[-1]]
+        for now, after in itertools.pairwise(levels):
+            denoised = model(x, now * x.new_ones([x.shape[0]]), **extra_args)
+            x = x + (x - denoised) / now * (after - now)
+        return x
+
+    patched, patch = cached(model)
+    sample_levels(patched, [1 - i / 8 for i in range(9)], comfy.samplers.KSAMPLER(between))
+    computed, skipped = labels(patch)["positive"]
+    assert skipped == (1, 2) and computed == (0, 3, 4, 5, 6, 7)
+
+
+@pytest.mark.parametrize("measure", ["latent", "blocks"])
+def test_memory_that_shrinks_in_mid_run_splits_the_batch_and_changes_nothing(
+    measure, model, monkeypatch
+):
+    patched, patch = cached(model, measure=measure)
+    together = sample(patched, "flux")
+    free = type(model).get_free_memory
+    asked = []
+
+    def shrinks(self, device):
+        asked.append(device)
+        return 0 if len(asked) % 3 else free(self, device)
+
+    monkeypatch.setattr(type(model), "get_free_memory", shrinks)
+    assert close(sample(patched, "flux"), together)
+    assert labels(patch)["negative"] == labels(patch)["positive"] == ((0, 3, 6, 7), SKIPPED)
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["finished", "failed"])
+@pytest.mark.parametrize("measure", ["latent", "blocks"])
+def test_the_residuals_are_freed_with_the_run(measure, fails, model):
+    alive, calls = weakref.WeakSet(), []
+
+    def outer(executor, *args, **kwargs):
+        run = executor.class_obj.model_options["transformer_options"]["braid.magcache"]
+        alive.add(run.cache)
+        return executor(*args, **kwargs)
+
+    def compute(executor, *args, **kwargs):
+        calls.append(1)
+        if fails and len(calls) == 2:
+            raise torch.OutOfMemoryError("not enough memory")
+        return executor(*args, **kwargs)
+
+    patched, patch = cached(model, measure=measure)
+    fresh = sample(patched, "flux")
+    tapped = patched.clone()
+    tapped.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "test", outer)
+    tapped.add_wrapper_with_key("diffusion_model", "test", compute)
+    with pytest.raises(torch.OutOfMemoryError) if fails else contextlib.nullcontext():
+        sample(tapped, "flux")
+    gc.collect()
+    assert calls and not alive
+    assert (patch.last_report is None) == fails
+    assert torch.equal(sample(patched, "flux"), fresh)
+
+
 def test_a_guidance_node_that_evaluates_twice_does_not_mix_the_residuals(model):
     """Skip-layer guidance and the like call the same conditioning again with other options."""
 
@@ -366,11 +487,11 @@ def test_frames_of_another_context_window_are_another_residual():
         def __init__(self, *frames):
             self.index_list = list(frames)
 
-    calls = {}
+    x, calls = torch.zeros(1, 4), {}
     who = {"uuids": ["u"], "cond_or_uncond": [0]}
-    first = conditioning_keys({**who, "context_window": Window(0, 1)}, calls)
-    second = conditioning_keys({**who, "context_window": Window(1, 2)}, calls)
-    again = conditioning_keys({**who, "context_window": Window(0, 1)}, {})
+    first = conditioning_keys({**who, "context_window": Window(0, 1)}, x, calls)
+    second = conditioning_keys({**who, "context_window": Window(1, 2)}, x, calls)
+    again = conditioning_keys({**who, "context_window": Window(0, 1)}, x, {})
     assert first != second and first == again
 
 
@@ -467,19 +588,49 @@ def test_memory_stays_at_two_residuals_per_conditioning(model):
     assert "braid.magcache" not in patched.model_options["transformer_options"]
 
 
-@pytest.mark.parametrize("sampler", ["euler", "euler_ancestral"])
-def test_planned_runs_of_noisy_samplers_predict_the_denoised_latent(sampler, model):
-    runs = []
+@pytest.mark.parametrize("interpolation", ["cumulative", "nearest"])
+@pytest.mark.parametrize("name", presets())
+def test_a_published_list_is_planned_as_it_runs_at_its_own_number_of_steps(
+    name, interpolation, model
+):
+    """With `nearest`, at any number of steps."""
+    plan = preset_named(name)
+    own = plan.conditions.steps
+    rule = MagCacheRule(interpolation=interpolation)
+    for steps in (own,) if interpolation == "cumulative" else (own, 20, 35):
+        strip = planned_strip(MagCacheSettings(plan=plan, rule=rule), steps)["skipped"]
+        levels = schedule_knots(model, steps)
+        run = plan_schedule(plan, [*levels, 0.0], rule, knots=schedule_knots(model, own))
+        assert list(run.skipped) == strip
 
-    def outer(executor, *args, **kwargs):
-        runs.append(executor.class_obj.model_options["transformer_options"]["braid.magcache"])
-        return executor(*args, **kwargs)
 
-    plan, _ = calibrate(model, "flux", sampler=sampler)
-    for rule in (PlannedRule(speedup=2.0), GREEDY):
+def warnings_of(patch):
+    return " / ".join(patch.last_report.schedule.warnings)
+
+
+@pytest.mark.parametrize("sampler", ["euler_ancestral", "dpmpp_sde"])
+def test_planned_runs_of_samplers_that_add_noise_reuse_and_say_so(sampler, model):
+    plan, _ = calibrate(model, "flux", steps=12)
+    patched, patch = cached(model, plan, PlannedRule(speedup=2.0))
+    extrapolating = sample(patched, "flux", steps=12, sampler=sampler)
+    assert not patch.last_report.schedule.extrapolate
+    assert f"{sampler} adds noise, which would be extrapolated" in warnings_of(patch)
+    patched, patch = cached(model, plan, PlannedRule(speedup=2.0, predict="reuse"))
+    assert torch.equal(sample(patched, "flux", steps=12, sampler=sampler), extrapolating)
+    assert "adds noise" not in warnings_of(patch)
+
+
+def test_without_noise_the_planned_rule_extrapolates_as_told(model):
+    plan, _ = calibrate(model, "flux", steps=12)
+    patched, patch = cached(model, plan, PlannedRule(speedup=2.0))
+    sample(patched, "flux", steps=12, sampler="dpmpp_2m")
+    assert patch.last_report.schedule.extrapolate and "adds noise" not in warnings_of(patch)
+
+
+def test_a_calibration_under_noise_is_told_to_the_planned_rule(model):
+    plan, _ = calibrate(model, "flux", steps=12, sampler="euler_ancestral")
+    told = "calibrated with euler_ancestral, which adds noise: calibrate with euler instead"
+    for rule, expected in ((PlannedRule(speedup=2.0), True), (GREEDY, False)):
         patched, patch = cached(model, plan, rule)
-        patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "test", outer)
-        assert torch.isfinite(sample(patched, "flux", sampler=sampler)).all()
-        assert patch.last_report.schedule.skipped
-    expected = "denoised" if sampler == "euler_ancestral" else "velocity"
-    assert [run.quantity for run in runs] == [expected, "velocity"]
+        sample(patched, "flux", steps=12)
+        assert (told in warnings_of(patch)) == expected

@@ -200,7 +200,6 @@ MEASURED = Conditions(
         ("cfg", 4.0),
         ("dtype", "float32"),
         ("measure", "blocks"),
-        ("quantity", "denoised"),
     ],
 )
 def test_a_run_under_other_conditions_is_told_which_field(field, value):

@@ -44,13 +44,11 @@ def residual_at(sigma: float) -> torch.Tensor:
     return (grow * torch.sin(phases + 2.0 * sigma + 1.5 * sigma**3)).reshape(1, ELEMENTS, 4, 4)
 
 
-def calibrate(sigmas, residual=residual_at, quantity="velocity") -> MagCachePlan:
+def calibrate(sigmas, residual=residual_at) -> MagCachePlan:
     recorder = ResidualRecorder("positive", channel_dim=1)
     for sigma in sigmas[:-1]:
         recorder.add(residual(sigma))
-    conditions = Conditions(
-        steps=len(sigmas) - 1, sigmas=tuple(sigmas), measure="latent", quantity=quantity
-    )
+    conditions = Conditions(steps=len(sigmas) - 1, sigmas=tuple(sigmas), measure="latent")
     return calibrated_plan("test", conditions, [recorder], [recorder], "test")
 
 
@@ -261,14 +259,6 @@ def test_runs_under_the_same_conditions_are_averaged_and_others_refused():
     assert mean.sections == (one.curves[0].ratios, two.curves[0].ratios)
     with pytest.raises(ValueError, match="cannot be averaged"):
         average_plans([one, calibrate(shifted(11))])
-
-
-def test_errors_of_a_denoised_calibration_are_weighted_by_the_noise_level():
-    sigmas = shifted(20)
-    rule = PlannedRule(speedup=2)
-    of_velocity = plan_schedule(calibrate(sigmas), sigmas, rule)
-    of_denoised = plan_schedule(calibrate(sigmas, quantity="denoised"), sigmas, rule)
-    assert of_denoised.error > of_velocity.error
 
 
 def test_pictures_have_the_size_of_a_node_and_something_on_them():
