@@ -334,7 +334,7 @@ def live_ema(node: live.LiveNode) -> dict[str, Any]:
     """The chart for the widgets as they are, over the files of the linked run as far as known."""
     values = {name: node.value(name) for name in ("method", "sort", "first", "last")}
     schedule = parse_schedule(values["method"])
-    source = node.inputs.get("checkpoints")
+    source = node.input("checkpoints")
     if source is not None and source.node_id == "BraidLoadCheckpoints":
         checkpoints = load_checkpoints(**source.values)
         plan = plan_average(checkpoints, schedule, values["sort"], values["first"], values["last"])
@@ -351,9 +351,9 @@ def live_ema(node: live.LiveNode) -> dict[str, Any]:
 
 def _planned_steps(node: live.LiveNode) -> list[int]:
     """Steps at which a Train LoRA node will save; none for other nodes, or while not known."""
-    options = node.inputs.get("options")
+    options = node.input("options")
     while options is not None and options.node_id != "BraidCheckpointing":
-        options = options.inputs.get("options")
+        options = options.input("options")
     if node.node_id != "BraidTrainLora" or options is None:
         return []
     every, last = options.value("save_every_n_steps"), options.value("save_last_n")

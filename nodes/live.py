@@ -28,8 +28,8 @@ class LiveNode:
     """The class of the node, as in the public contract."""
     widgets: dict[str, Any]
     """Widget values, dynamic combos nested; None where a linked node decides at run time."""
-    inputs: dict[str, "LiveNode"] = field(default_factory=dict)
-    """Linked node of each linked input; nodes of other packs are left out."""
+    inputs: dict[str, "LiveNode | None"] = field(default_factory=dict)
+    """Linked node of each linked input; None for another pack's, whose output only a run knows."""
 
     @property
     def values(self) -> dict[str, Any]:
@@ -42,10 +42,20 @@ class LiveNode:
         fields = value.items() if isinstance(value, dict) else [(name, value)]
         for field_name, known in fields:
             if known is None:
-                raise DecidedByTheRunError(
-                    f"{field_name} comes from a linked node: run the graph to see its effect here."
-                )
+                raise _decided_by_the_run(field_name)
         return value
+
+    def input(self, name: str) -> "LiveNode | None":
+        """The node linked to an input, None without a link; DecidedByTheRunError likewise."""
+        if self.inputs.get(name, self) is None:
+            raise _decided_by_the_run(name)
+        return self.inputs.get(name)
+
+
+def _decided_by_the_run(name: str) -> DecidedByTheRunError:
+    return DecidedByTheRunError(
+        f"{name} comes from a linked node: run the graph to see its effect here."
+    )
 
 
 LIVE: dict[str, Callable[[LiveNode], dict[str, Any]]] = {}
@@ -57,7 +67,10 @@ def parse_live_node(body: Mapping[str, Any]) -> LiveNode:
     return LiveNode(
         node_id=body["node_id"],
         widgets=_nested(body["values"]),
-        inputs={name: parse_live_node(linked) for name, linked in body["inputs"].items()},
+        inputs={
+            name: linked if linked is None else parse_live_node(linked)
+            for name, linked in body["inputs"].items()
+        },
     )
 
 

@@ -249,17 +249,21 @@ def planned_strip(settings: MagCacheSettings, steps: int) -> dict[str, Any]:
 
 def _live_steps(node: live.LiveNode) -> int:
     """Steps of the node itself, or of the sampler after it; 0 when neither says."""
-    for name in ("steps", "steps_downstream"):
-        if name in node.widgets:
-            return int(node.value(name))
-    return 0
+    if "steps" in node.widgets:
+        return int(node.value("steps"))
+    downstream = node.widgets.get("steps_downstream", 0)
+    if downstream is None:
+        raise live.DecidedByTheRunError(
+            "The sampler's steps come from a linked node: run the graph to see the strip here."
+        )
+    return int(downstream)
 
 
 def _live_plan(node: live.LiveNode) -> tuple[MagCachePlan | None, str]:
     source = node.inputs.get("plan")
     if source is not None and source.node_id == "BraidLoadCalibration":
         return load_calibration(source.value("file")), ""
-    if source is not None:
+    if "plan" in node.inputs:
         return (
             None,
             "The steps show here once the connected plan has been measured: queue the graph.",

@@ -262,7 +262,7 @@ def _rounded(values: list[float]) -> list[float | None]:
 
 def live_timesteps(node: live.LiveNode) -> dict[str, Any]:
     """The chart of a sampling node at the preview's defaults, or of a preview as it is set."""
-    source = node if node.node_id == "BraidTimestepSampling" else node.inputs.get("timesteps")
+    source = node if node.node_id == "BraidTimestepSampling" else node.input("timesteps")
     if source is None or source.node_id != "BraidTimestepSampling":
         return {"message": "Connect a Timestep Sampling node to timesteps to see its chart."}
     shown = {} if source is node else node.values

@@ -45,12 +45,19 @@ def frozen_weight(
     """`module`'s weight and bias as plain tensors of `dtype` on `device`.
 
     What the host applies when it samples is applied here: moving from where it is offloaded, LoRA
-    patches, dequantising. The tensors may live in a buffer of the host that its next layer will
-    overwrite: they must not outlive the `with` block, and nothing may save them for backward.
+    patches, dequantising. Layers of another pack that unpack their own weights (ComfyUI-GGUF's) do
+    all that in a method `cast_bias_weight`. The tensors may live in a buffer of the host that its
+    next layer will overwrite: they must not outlive the `with` block, and nothing may save them
+    for backward.
     """
     if not isinstance(module, CastWeightBiasOp):
         bias = getattr(module, "bias", None)  # torch's RMSNorm has no such attribute
         yield module.weight.to(device, dtype), None if bias is None else bias.to(device, dtype)
+        return
+    if hasattr(module, "cast_bias_weight"):
+        with torch.inference_mode():
+            weight, bias = module.cast_bias_weight(dtype=dtype, device=device, bias_dtype=dtype)
+        yield _plain(weight), _plain(bias)
         return
     with torch.inference_mode():
         # want_requant: a patched weight is rounded alike when it is fetched again in backward
@@ -66,9 +73,14 @@ def frozen_weight(
         plain = dequantized(weight) if isinstance(weight, QuantizedTensor) else weight
         plain = plain.to(dtype)
     try:
-        yield plain, bias
+        yield _plain(plain), _plain(bias)
     finally:
         comfy.ops.uncast_bias_weight(module, weight, bias, stream)
+
+
+def _plain(tensor: Tensor | None) -> Tensor | None:
+    """Without the class that another pack gave it, which would spread to every result."""
+    return None if tensor is None else tensor.as_subclass(Tensor)
 
 
 def dequantized(weight: QuantizedTensor) -> Tensor:
@@ -256,7 +268,7 @@ def _copy_loose_tensors(module: nn.Module, undo: ExitStack) -> int:
         for name, tensor in tensors.items():
             if tensor is None or not tensor.is_inference():
                 continue
-            copy = tensor.clone()
+            copy = _plain(tensor).clone()
             if tensors is module._parameters:
                 copy = nn.Parameter(copy, requires_grad=False)
             undo.callback(tensors.__setitem__, name, tensor)

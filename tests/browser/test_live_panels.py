@@ -334,6 +334,122 @@ def test_a_bypassed_or_muted_source_counts_as_none(page):
         wait_for_charts(page, 2)
 
 
+OTHER_PACKS = """() => {
+  const register = (type, make) => {
+    class Other extends LiteGraph.LGraphNode {
+      constructor(title) {
+        super(title);
+        this.addInput("", "*");
+        this.addOutput("", "*");
+        make(this);
+      }
+    }
+    Other.title = type;
+    LiteGraph.registerNodeType(type, Other);
+  };
+  live.complaints = 0;
+  const virtual = (node) => { node.isVirtualNode = true; };
+  register("test/set", virtual);
+  register("test/get", (node) => {
+    virtual(node);
+    node.getInputLink = (slot) => {
+      const set = node.graph.nodes.find((each) => each.type === "test/set");
+      if (!set) live.complaints += 1;
+      return set ? node.graph.getLink(set.inputs[slot].link) : null;
+    };
+  });
+  register("test/reroute", virtual);
+  register("test/switch", () => {});
+  register("test/slider", (node) => {
+    node.addWidget("number", "value", 30, () => {});
+    node.addWidget("number", "min", 10, () => {});
+  });
+}"""
+"""Nodes as other packs make them: some exist in the browser alone, some decide while they run."""
+
+
+def test_nodes_that_are_never_queued_are_followed_and_asked_once_when_they_lead_nowhere(page):
+    page.evaluate(OTHER_PACKS)
+    page.evaluate("""() => {
+      window.source = live.add("BraidTimestepSampling", -440);
+      window.set = live.add("test/set");
+      source.connect(0, set, 0);
+      const reroute = live.add("test/reroute", 200);
+      live.add("test/get", 100).connect(0, reroute, 0);
+      window.node = live.add("BraidTimestepPreview", 440);
+      reroute.connect(0, node, 0);
+    }""")
+    wait_for_charts(page, 2)
+    page.evaluate("app.graph.remove(set)")
+    wait_for_text(page, "node", "Connect a Timestep Sampling node")
+    settle(page)
+    assert page.evaluate("live.complaints") == 1
+    page.evaluate("source.connect(0, live.add('test/set'), 0)")
+    wait_for_charts(page, 2)
+
+
+def test_a_link_that_use_everywhere_will_add_is_followed(page):
+    page.evaluate("window.node = live.add('BraidTimestepPreview')")
+    page.evaluate("window.source = live.add('BraidTimestepSampling', -440)")
+    wait_for_text(page, "node", "Connect a Timestep Sampling node")
+    page.evaluate("""() => {
+      const from = { upstream: source.id, upstream_slot: 0 };
+      app.graph.extra.ue_links = [{ ...from, downstream: node.id, downstream_slot: 0 }];
+    }""")
+    wait_for_charts(page, 2)
+    page.evaluate("app.graph.extra.ue_links = []")
+    wait_for_text(page, "node", "Connect a Timestep Sampling node")
+
+
+@pytest.mark.parametrize(
+    ("source", "kind", "name"),
+    [
+        ("test/switch", "BraidTimestepPreview", "timesteps"),
+        ("test/switch", "BraidPostHocEma", "checkpoints"),
+        ("test/slider", "BraidTimestepPreview", "bins"),
+    ],
+)
+def test_what_another_packs_node_hands_on_is_left_to_the_run(page, source, kind, name):
+    page.evaluate(OTHER_PACKS)
+    page.evaluate(
+        """([source, kind, name]) => {
+          window.node = live.add(kind);
+          if (name === "bins") live.add("BraidTimestepSampling", -440).connect(0, node, 0);
+          live.add(source, -880).connect(0, node, live.slot(node, name));
+        }""",
+        [source, kind, name],
+    )
+    wait_for_text(page, "node", f"{name} comes from a linked node: run the graph")
+
+
+def test_a_plan_that_another_packs_node_hands_on_outweighs_the_preset(page):
+    page.evaluate(OTHER_PACKS)
+    page.evaluate("window.node = live.add('BraidMagCache')")
+    page.evaluate("live.set(node, 'preset', 'FLUX.1-dev')")
+    wait_for_text(page, "node", "steps computed")
+    page.evaluate("live.add('test/switch', -440).connect(0, node, live.slot(node, 'plan'))")
+    wait_for_text(page, "node", "once the connected plan has been measured")
+
+
+def test_the_sampler_is_found_behind_nodes_that_are_never_queued(page):
+    page.evaluate(OTHER_PACKS)
+    page.evaluate("""() => {
+      window.node = live.add("BraidMagCache");
+      live.set(node, "preset", "FLUX.1-dev");
+      node.connect(0, live.add("test/set", 440), 0);
+      window.sampler = live.add("KSampler", 880);
+      live.add("test/get", 660).connect(0, sampler, 0);
+      live.set(sampler, "steps", 13);
+    }""")
+    wait_for_text(page, "node", "of 13 steps computed")
+    page.evaluate("node.mode = 4")  # bypassed, its strip still says what it would do
+    settle(page)
+    wait_for_text(page, "node", "of 13 steps computed")
+    page.evaluate("node.mode = 0")
+    page.evaluate("live.add('test/switch', 660).connect(0, sampler, live.slot(sampler, 'steps'))")
+    wait_for_text(page, "node", "The sampler's steps come from a linked node")
+
+
 @pytest.mark.parametrize("primitive", ["PrimitiveFloat", "PrimitiveNode"])
 def test_a_value_from_a_primitive_is_followed(page, primitive):
     page.evaluate("window.node = live.add('BraidTimestepSampling')")

@@ -2,6 +2,7 @@ import contextlib
 
 import comfy.ldm.flux.layers
 import comfy.model_management
+import comfy.ops
 import pytest
 import torch
 from denoiser_cases import (
@@ -225,3 +226,59 @@ def test_nothing_before_the_first_adapter_is_tracked_and_the_latent_needs_no_gra
         assert tracked == [False, False, False, True]
         for block in denoiser.diffusion_model.single_blocks:
             block._forward_hooks.clear()
+
+
+class ForeignTensor(torch.Tensor):
+    """Spreads to what is computed with it and cannot be copied, as the weights of a GGUF file."""
+
+    def clone(self, *args, **kwargs):
+        return self
+
+
+class UnpackingLinear(comfy.ops.manual_cast.Linear):
+    """A layer of another pack: its weight is bytes of another shape, which it unpacks itself."""
+
+    def cast_bias_weight(self, input=None, dtype=None, device=None, bias_dtype=None):
+        packed, step = self.weight.view(2, -1), self.step
+        weight = packed[0].to(device, dtype).add(packed[1].to(device, dtype), alpha=1 / 128) * step
+        bias = None if self.bias is None else self.bias.to(device, bias_dtype)
+        return weight.view(self.out_features, self.in_features), bias
+
+    def forward_comfy_cast_weights(self, input):
+        return torch.nn.functional.linear(input, *self.cast_bias_weight(dtype=input.dtype))
+
+
+def packed_and_plain(name):
+    """The tiny model with its linears packed, all its tensors foreign; and one that has the same
+    weights in plain tensors."""
+    packed, plain = build(name), build(name)
+    with torch.inference_mode():
+        for key, module in packed.model.diffusion_model.named_modules():
+            # of the first layer of FLUX the host reads the weight's shape
+            if isinstance(module, torch.nn.Linear) and key != "img_in":
+                module.__class__ = UnpackingLinear
+                module.step = float(module.weight.abs().max()) / 127
+                coarse = (module.weight / module.step).trunc()
+                fine = ((module.weight / module.step - coarse) * 128).trunc()
+                module.weight = frozen_parameter(torch.stack([coarse, fine]).to(torch.int8))
+                twin = plain.model.diffusion_model.get_submodule(key)
+                twin.weight.copy_(module.cast_bias_weight(dtype=torch.float32)[0])
+            for own, tensor in module._parameters.items():
+                if tensor is not None:
+                    module._parameters[own] = frozen_parameter(tensor.as_subclass(ForeignTensor))
+    return packed, plain
+
+
+def frozen_parameter(tensor):
+    return torch.nn.Parameter(tensor, requires_grad=False)
+
+
+@pytest.mark.parametrize("name", ["flux", "wan"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
+def test_layers_of_another_pack_that_unpack_their_weights_give_the_gradients_of_plain_ones(
+    name, checkpointing
+):
+    packed, plain = packed_and_plain(name)
+    found = gradients(packed, name, gradient_checkpointing=checkpointing)
+    assert relative_error(found, gradients(plain, name)) < 1e-5
+    assert {type(g) for g in found.values()} <= {torch.Tensor, type(None)}

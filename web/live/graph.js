@@ -6,8 +6,11 @@ const DEEPEST = 16;
 const NEVER = 2; // the mode of a muted node
 const BYPASS = 4;
 
+/** Virtual node that led nowhere -> the state it was in: some complain on screen, each time they are asked. */
+const nowhere = new WeakMap();
+
 /**
- * A node's widgets and the Braid nodes linked to its inputs.
+ * A node's widgets and what is linked to its inputs: Braid nodes, null for others, which only a run can know.
  * @returns {{node_id: string, values: Record<string, any>, inputs: Record<string, any>}}
  */
 export function describeNode(node, depth = 0) {
@@ -17,9 +20,8 @@ export function describeNode(node, depth = 0) {
   }
   const inputs = {};
   for (const [slot, input] of (node.inputs ?? []).entries()) {
-    if (input.link == null || input.widget || depth > DEEPEST) continue;
-    const source = sourceOf(node, slot)?.node;
-    if (source?.comfyClass?.startsWith(PREFIX)) inputs[input.name] = describeNode(source, depth + 1);
+    const source = input.widget || depth > DEEPEST ? null : sourceOf(node, slot)?.node;
+    if (source) inputs[input.name] = source.comfyClass?.startsWith(PREFIX) ? describeNode(source, depth + 1) : null;
   }
   return { node_id: node.comfyClass, values, inputs };
 }
@@ -28,36 +30,61 @@ export function describeNode(node, depth = 0) {
 export function valueOf(node, name, depth = 0) {
   const own = node.widgets?.find((widget) => widget.name === name)?.value;
   const slot = node.inputs?.findIndex((input) => input.widget?.name === name) ?? -1;
-  if (slot < 0 || node.inputs[slot].link == null) return own;
-  if (depth > DEEPEST) return null;
-  const source = sourceOf(node, slot);
+  const source = slot < 0 ? null : sourceOf(node, slot);
   if (!source) return own;
-  const value = valueOf(source.node, source.widget, depth + 1);
+  const value = depth > DEEPEST ? null : valueOf(source.node, source.widget, depth + 1);
   return typeof value === typeof own ? value : null;
 }
 
 /**
- * What feeds an input slot, through reroutes, bypassed nodes and in and out of subgraphs: a node,
- * or a subgraph's own node whose promoted widget it is. Null where nothing does.
- * @returns {{node: any, widget: string} | null}
+ * What feeds an input slot, through reroutes and other virtual nodes, bypassed nodes and in and out
+ * of subgraphs: a node and the widget whose value it hands on, null when it is no such node. The
+ * trail gets every node on the way. Null where nothing feeds it.
+ * @returns {{node: any, widget: string | null} | null}
  */
-export function sourceOf(node, slot, depth = 0) {
-  const link = node?.graph?.getLink?.(node.inputs?.[slot]?.link);
-  if (!link || depth > DEEPEST) return null;
+export function sourceOf(node, slot, trail = []) {
+  const link = node?.graph?.getLink?.(node.inputs?.[slot]?.link) ?? broadcastTo(node, slot);
+  if (!link || trail.length > DEEPEST) return null;
   const origin = node.graph.getNodeById(link.origin_id);
-  return origin ? outputOf(origin, link.origin_slot, depth) : outsideOf(node.graph, link.origin_slot, depth);
+  return origin ? outputOf(origin, link.origin_slot, trail) : outsideOf(node.graph, link.origin_slot, trail);
+}
+
+/** The link that the pack Use Everywhere notes in the graph and adds while it is queued. */
+function broadcastTo(node, slot) {
+  const fits = ({ downstream, downstream_slot }) => downstream == node.id && downstream_slot === slot;
+  const link = node?.graph?.extra?.ue_links?.find(fits);
+  return link && { origin_id: link.upstream, origin_slot: Number(link.upstream_slot) };
 }
 
 /** What an output of a node hands on. */
-function outputOf(node, slot, depth) {
+function outputOf(node, slot, trail) {
+  trail.push(node);
   if (node.mode === NEVER) return null;
-  if (node.mode === BYPASS) return sourceOf(node, passedThrough(node, slot), depth + 1);
-  if (node.type === "Reroute") return sourceOf(node, 0, depth + 1);
-  if (node.type === "PrimitiveNode") return { node, widget: node.widgets?.[0]?.name };
-  if (!node.subgraph) return { node, widget: "value" };
+  if (node.mode === BYPASS) return sourceOf(node, passedThrough(node, slot), trail);
+  if (node.type === "PrimitiveNode") return { node, widget: node.widgets?.[0]?.name ?? null };
+  if (!node.subgraph && node.isVirtualNode) return aliasOf(node, slot, trail);
+  if (!node.subgraph) return { node, widget: isConstant(node) ? "value" : null };
   const link = node.subgraph.getLink?.(node.subgraph.outputs?.[slot]?.linkIds?.[0]);
   const inner = link && node.subgraph.getNodeById(link.origin_id);
-  return inner ? outputOf(inner, link.origin_slot, depth + 1) : null;
+  return inner ? outputOf(inner, link.origin_slot, trail) : null;
+}
+
+/** Whether `value` is all there is to a node: with a minimum or a factor beside it the output is another number. */
+function isConstant(node) {
+  const value = node.widgets?.find((widget) => widget.name === "value");
+  return !!value && node.widgets.every((each) => each === value || value.linkedWidgets?.includes(each));
+}
+
+/** What a node that is never queued (a reroute, the Get of a Set) stands for; the front end asks it the same. */
+function aliasOf(node, slot, trail) {
+  const { lastNodeId, lastLinkId } = node.graph.rootGraph.state;
+  const state = JSON.stringify([lastNodeId, lastLinkId, node.widgets?.map((widget) => widget.value)]);
+  if (nowhere.get(node) === state) return null;
+  const other = node.resolveVirtualOutput?.(slot);
+  if (other) return outputOf(other.node, other.slot, trail);
+  const link = node.getInputLink(slot);
+  if (!link) nowhere.set(node, state);
+  return link ? sourceOf(node.graph.getNodeById(link.target_id), link.target_slot, trail) : null;
 }
 
 /** The input that a bypassed node hands on as an output: the same slot, else the first of its type. */
@@ -68,28 +95,25 @@ function passedThrough(node, slot) {
 }
 
 /** What feeds input `slot` of the subgraph node that holds `graph`. */
-function outsideOf(graph, slot, depth) {
+function outsideOf(graph, slot, trail) {
   const holder = holderOf(graph);
+  const source = sourceOf(holder, slot, trail);
   const input = holder?.inputs?.[slot];
-  if (input?.link != null) return sourceOf(holder, slot, depth + 1);
+  if (source || input?.link != null) return source;
   return input?.widget ? { node: holder, widget: input.widget.name } : null;
 }
 
-/** The nodes that the outputs of a node lead to, in and out of subgraphs. */
-export function targetsOf(node) {
-  return (node.outputs ?? []).flatMap((output) => ends(node.graph, output.links, 0));
+/** Every input of the graphs around and beside `node`: whose it is, and all nodes that feed it or pass it on. */
+export function flowsAround(node) {
+  return everyNode(node.graph?.rootGraph)
+    .filter((target) => !target.subgraph)
+    .flatMap((target) => (target.inputs ?? []).map((_, slot) => ({ target, trail: trailTo(target, slot) })));
 }
 
-function ends(graph, links, depth) {
-  if (depth > DEEPEST) return [];
-  return (links ?? []).flatMap((id) => {
-    const link = graph?.getLink?.(id);
-    const target = link && graph.getNodeById(link.target_id);
-    if (target?.subgraph) return ends(target.subgraph, target.subgraph.inputs?.[link.target_slot]?.linkIds, depth + 1);
-    if (target || !link) return target ? [target] : [];
-    const holder = holderOf(graph);
-    return holder ? ends(holder.graph, holder.outputs?.[link.target_slot]?.links, depth + 1) : [];
-  });
+function trailTo(node, slot) {
+  const trail = [];
+  sourceOf(node, slot, trail);
+  return trail;
 }
 
 /** The node that shows a subgraph in the graph around it. */
