@@ -78,8 +78,9 @@ class BraidLoadCheckpoints(io.ComfyNode):
         chosen = chosen_folder(folder, path)
         if not chosen.is_dir():
             return "no such folder"
-        files = sorted(file for file in chosen.glob("*.safetensors") if file.is_file())
-        stats = ((file.name, file.stat()) for file in files)
+        # below it too: a pattern may name folders
+        files = sorted(file for file in chosen.rglob("*.safetensors") if file.is_file())
+        stats = ((file.relative_to(chosen).as_posix(), file.stat()) for file in files)
         return repr([(name, stat.st_mtime_ns, stat.st_size) for name, stat in stats])
 
     @classmethod

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from comfy_api.latest import io, ui
 
+from ..engine.canvas import as_image
 from ..engine.comfyui.magcache_calibrate import Calibrator
 from ..engine.comfyui.magcache_conditions import network_settings
 from ..engine.comfyui.magcache_patch import MagCachePatch, MagCacheSettings, magcache_of
@@ -18,7 +19,6 @@ from ..engine.magcache.schedule import plan_schedule
 from . import sockets
 from .magcache_inputs import (
     SUBFOLDER,
-    as_image,
     calibration_files,
     calibration_folder,
     load_calibration,
@@ -159,8 +159,7 @@ class BraidMagCacheCalibration(io.ComfyNode):
                 io.Latent.Input(
                     "latent",
                     tooltip="From the sampler that used the calibrating model, so that this node "
-                    "runs "
-                    "after it. With several samplers, the last one's.",
+                    "runs after it. With several samplers, the last one's.",
                 ),
                 io.String.Input(
                     "filename_prefix",
@@ -284,8 +283,7 @@ class BraidMagCacheReport(io.ComfyNode):
                 "no finished run with this model yet: connect the latent of the sampler that "
                 "used it. "
                 "If it is connected, the sampler's result came from ComfyUI's cache: change its "
-                "seed "
-                "and queue again"
+                "seed and queue again"
             )
         text = json.dumps(report.to_dict(), indent=1)
         return io.NodeOutput(text, latent, ui=ui.PreviewText(text))

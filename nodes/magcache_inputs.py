@@ -4,9 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from comfy_api.latest import io
-from numpy.typing import NDArray
 
 from ..engine.comfyui.magcache_patch import MagCacheSettings
 from ..engine.magcache.curve import resampled_sigmas
@@ -16,7 +14,7 @@ from ..engine.magcache.report import schedule_dict
 from ..engine.magcache.rules import MagCacheRule, PlannedRule, Rule
 from ..engine.magcache.schedule import Schedule, plan_schedule
 from . import live, sockets
-from .outputs import inside_output, output_folder
+from .outputs import inside_output, newest_first, output_folder
 
 AUTO, FROM_RATIOS = "auto", "from mag_ratios"
 SUBFOLDER = "magcache"
@@ -31,8 +29,7 @@ def preset_input(auto: bool) -> io.Combo.Input:
         options=names,
         default=names[0] if auto else "FLUX.1-dev",
         tooltip=f"Published magnitude ratios of one model. {recognise}from mag_ratios takes the "
-        "list "
-        "below. Not used when a plan is connected.",
+        "list below. Not used when a plan is connected.",
     )
 
 
@@ -64,8 +61,7 @@ def rule_input() -> io.DynamicCombo.Input:
             io.DynamicCombo.Option("planned", _planned_inputs()),
         ],
         tooltip="magcache: the paper's rule on magnitude ratios. planned: the schedule with the "
-        "least "
-        "error that a calibration predicts, for a speed-up you choose.",
+        "least error that a calibration predicts, for a speed-up you choose.",
     )
 
 
@@ -76,8 +72,7 @@ def _k_input() -> io.Int.Input:
         min=0,
         max=32,
         tooltip="Most steps skipped in a row, in steps. 6 suits 50 steps, 2 or 3 suit 20. 0 "
-        "turns the "
-        "cache off.",
+        "turns the cache off.",
     )
 
 
@@ -109,8 +104,7 @@ def _magcache_inputs() -> list[io.Input]:
             default="cumulative",
             advanced=True,
             tooltip="Ratios at another number of steps than the list's: cumulative multiplies "
-            "them up "
-            "over the noise level; nearest picks the nearest entry, as the authors and "
+            "them up over the noise level; nearest picks the nearest entry, as the authors and "
             "musubi-tuner.",
         ),
     ]
@@ -141,8 +135,7 @@ def _planned_inputs() -> list[io.Input]:
             options=["extrapolate", "reuse"],
             default="extrapolate",
             tooltip="A skipped step: extrapolate takes the line through the last two computed "
-            "steps "
-            "over the noise level, reuse repeats the last one.",
+            "steps over the noise level, reuse repeats the last one.",
         ),
         io.Float.Input(
             "max_error",
@@ -153,8 +146,7 @@ def _planned_inputs() -> list[io.Input]:
             round=0.00001,
             advanced=True,
             tooltip="Instead of speedup: the fewest computed steps whose predicted error stays "
-            "below "
-            "this (RMS of the final latent, in latent units). 0 uses speedup.",
+            "below this (RMS of the final latent, in latent units). 0 uses speedup.",
         ),
     ]
 
@@ -184,11 +176,6 @@ def sigmas_for(plan: MagCachePlan, steps: int) -> tuple[float, ...]:
     return resampled_sigmas(plan.conditions.sigmas or (1.0, 0.0), steps)
 
 
-def as_image(picture: NDArray) -> torch.Tensor:
-    """(H, W, 3) bytes as IMAGE (1, H, W, 3) in 0..1."""
-    return torch.from_numpy(picture).float().div_(255.0)[None]
-
-
 def calibration_folder() -> Path:
     return output_folder() / SUBFOLDER
 
@@ -196,8 +183,7 @@ def calibration_folder() -> Path:
 def calibration_files() -> list[str]:
     """Saved calibrations under output/magcache, newest first."""
     folder = calibration_folder()
-    found = sorted(folder.rglob("*.json"), key=lambda path: path.stat().st_mtime, reverse=True)
-    return [path.relative_to(folder).as_posix() for path in found]
+    return [path.relative_to(folder).as_posix() for path in newest_first(folder, "*.json")]
 
 
 def load_calibration(name: str) -> MagCachePlan:

@@ -186,7 +186,7 @@ def _numbers(row: Sequence[Any]) -> tuple[float, ...]:
     return tuple(row)
 
 
-def plan_from_ratios(text: str, name: str = "mag_ratios") -> MagCachePlan:
+def plan_from_ratios(text: str) -> MagCachePlan:
     """A plan from musubi's `--magcache_mag_ratios` text: comma-separated, one curve.
 
     Several lines are the sections of one video; they are averaged, as musubi's documentation
@@ -202,7 +202,7 @@ def plan_from_ratios(text: str, name: str = "mag_ratios") -> MagCachePlan:
         )
     ratios = averaged(sections)
     return MagCachePlan(
-        name=name,
+        name="mag_ratios",
         conditions=Conditions(steps=len(ratios)),
         curves=(Curve(label=POSITIVE, ratios=ratios),),
         sections=tuple(sections) if len(sections) > 1 else (),

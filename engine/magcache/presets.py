@@ -54,6 +54,5 @@ def preset_for(model: str, settings: Mapping[str, Any]) -> MagCachePlan:
             return preset.plan
     raise ValueError(
         f"preset 'auto': there are no published ratios for this {model} model. Run MagCache "
-        "Calibrate "
-        "once and connect its plan, choose a preset by name, or type mag_ratios"
+        "Calibrate once and connect its plan, choose a preset by name, or type mag_ratios"
     )

@@ -1,6 +1,5 @@
 """What a run with MagCache did."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,7 +71,7 @@ class RunReport:
         }
 
 
-def schedule_dict(schedule: Schedule, warnings: Sequence[str] = ()) -> dict[str, Any]:
+def schedule_dict(schedule: Schedule) -> dict[str, Any]:
     """A schedule as the plan node's JSON and the live strip's numbers."""
     return {
         "steps": schedule.steps,
@@ -84,5 +83,5 @@ def schedule_dict(schedule: Schedule, warnings: Sequence[str] = ()) -> dict[str,
         "accumulated": [round(value, 8) for value in schedule.accumulated],
         "sigmas": [round(sigma, 6) for sigma in schedule.sigmas],
         "predict": "extrapolate" if schedule.extrapolate else "reuse",
-        "warnings": [*schedule.warnings, *warnings],
+        "warnings": list(schedule.warnings),
     }
