@@ -80,7 +80,9 @@ def frozen_weight(
 
 def _plain(tensor: Tensor | None) -> Tensor | None:
     """Without the class that another pack gave it, which would spread to every result."""
-    return None if tensor is None else tensor.as_subclass(Tensor)
+    if tensor is None or type(tensor) in (Tensor, nn.Parameter):
+        return tensor  # an alias of it would be a graph break for torch.compile
+    return tensor.as_subclass(Tensor)
 
 
 def dequantized(weight: QuantizedTensor) -> Tensor:
