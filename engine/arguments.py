@@ -143,7 +143,19 @@ def _without_brackets(text: str, option: str) -> str:
 
 
 def _read_quoted(text: str, start: int, option: str) -> tuple[str, int]:
-    """A whole token in quotes; in double ones only \\" and \\\\ are escapes, as in a shell."""
+    """A token in quotes, and quotes that touch it: a shell writes ' in '…' as '"'"' or '\\''."""
+    token, position = "", start
+    while text[position : position + 1] in ("'", '"') or text.startswith("\\'", position):
+        if text[position] == "\\":
+            piece, position = "'", position + 2
+        else:
+            piece, position = _read_quotes(text, position, option)
+        token += piece
+    return token, position
+
+
+def _read_quotes(text: str, start: int, option: str) -> tuple[str, int]:
+    """What is between two quotes; in double ones only \\" and \\\\ are escapes, as in a shell."""
     quote, position, characters = text[start], start + 1, []
     while position < len(text) and text[position] != quote:
         if quote == '"' and text[position] == "\\" and text[position + 1 : position + 2] in '"\\':

@@ -55,8 +55,20 @@ def codes_of(grouped: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
     The quotient, not the product with a reciprocal: that changes 1.6 % of the codes.
     """
+    return _saturated(grouped / scale, dtype)
+
+
+def _saturated(quotient: Tensor, dtype: torch.dtype) -> Tensor:
     largest = torch.finfo(dtype).max
-    return (grouped / scale).clamp_(-largest, largest).to(dtype)
+    return quotient.clamp_(-largest, largest).to(dtype)
+
+
+def _codes_by(grouped: Tensor, scale: Tensor, policy: Fp8Policy) -> Tensor:
+    """`codes_of`, and musubi's where its scale of a tiny float16 group underflowed to 0."""
+    quotient = grouped / scale
+    if policy.scale_rounding == "musubi":
+        quotient.nan_to_num_(0.0)  # 0 / 0; infinities saturate
+    return _saturated(quotient, policy.dtype)
 
 
 def squared_error(unit: Tensor, multiple: Tensor, dtype: torch.dtype) -> Tensor:
@@ -95,17 +107,12 @@ def quantize_rows(rows: Tensor, policy: Fp8Policy, group_size: int) -> tuple[Ten
     scale = scale_from_amax(finite_amax(grouped), policy, rows.dtype)
     if policy.scale_search == "mse":
         scale = least_squares_scale(grouped, scale, policy.dtype)
-    divisor = scale
-    if policy.scale_rounding == "musubi":
-        # float16 lets the scale of a tiny group underflow to zero
-        nothing = scale == 0
-        grouped, divisor = grouped.masked_fill(nothing, 0.0), scale.masked_fill(nothing, 1.0)
-    return codes_of(grouped, divisor, policy.dtype).view(rows.shape), scale
+    return _codes_by(grouped, scale, policy).view(rows.shape), scale
 
 
-def quantize_rows_by(rows: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def quantize_rows_by(rows: Tensor, scale: Tensor, policy: Fp8Policy) -> Tensor:
     """Rows [n, in] -> codes, with the tensor's own scale (0-d)."""
-    return codes_of(rows.to(torch.float32), scale, dtype)
+    return _codes_by(rows.to(torch.float32), scale, policy)
 
 
 def tensor_scale(weight: Tensor, policy: Fp8Policy, device: torch.device) -> Tensor:

@@ -53,7 +53,7 @@ def quantize_weight(weight: Tensor, policy: Fp8Policy, device: torch.device) -> 
         values = weight[rows].to(device)
         if group_size is None:
             scale = scales[0]
-            chunk = quantize_rows_by(values, scale, policy.dtype)
+            chunk = quantize_rows_by(values, scale, policy)
         else:
             chunk, scale = quantize_rows(values, policy, group_size)
             scales.append(scale.cpu())

@@ -146,18 +146,18 @@ class WeightNorms:
 def scale_weight_norms(network: Network, limit: float) -> WeightNorms:
     """Scale down, in place, every LoRA whose ‖ΔW‖ exceeds `limit` (kohya's --scale_weight_norms).
 
-    n = ‖up·down·alpha/rank‖_F, clamped from below to limit/2; both matrices are multiplied by the
-    square root of min(n, limit) / n.
+    n = ‖up·down·alpha/rank‖_F; where it exceeds the limit, both matrices are multiplied by the
+    square root of limit / n.
     """
     check_weight_norms(network, limit)
     adapters = list(network.adapters.values())
     norms = torch.stack([_frobenius_norm(adapter) for adapter in adapters])
-    clamped = norms.clamp(min=limit / 2)
+    clamped = norms.clamp(min=limit / 2)  # a fresh network does not divide by zero
     ratio = clamped.clamp(max=limit) / clamped
     for adapter, factor in zip(adapters, ratio.sqrt().unbind(), strict=True):
         adapter.down.mul_(factor)
         adapter.up.mul_(factor)
-    return WeightNorms(scaled=(ratio != 1).sum(), norms=clamped * ratio)
+    return WeightNorms(scaled=(ratio != 1).sum(), norms=norms * ratio)
 
 
 def check_weight_norms(network: Network, limit: float) -> None:

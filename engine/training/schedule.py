@@ -122,10 +122,18 @@ def _completed(
             completed["min_lr_rate"] = completed.pop("min_lr_ratio")
         elif "min_lr" not in completed:
             completed.setdefault("min_lr_rate", 0.1)
-    if name == "warmup_stable_decay" and "num_decay_steps" not in completed:
-        stable = completed.pop("num_stable_steps", steps - warmup_steps - steps // 5)
-        completed["num_decay_steps"] = max(1, steps - warmup_steps - stable)
+    if name == "warmup_stable_decay":
+        for key in completed.keys() & {"num_decay_steps", "num_stable_steps"}:
+            completed[key] = _whole_steps(completed[key], steps)
+        if "num_decay_steps" not in completed:
+            stable = completed.pop("num_stable_steps", steps - warmup_steps - steps // 5)
+            completed["num_decay_steps"] = max(1, steps - warmup_steps - stable)
     return completed
+
+
+def _whole_steps(given: Any, steps: int) -> Any:
+    """Below 1 a share of the run, as lr_warmup_steps is, and musubi's lr_decay_steps."""
+    return int(given * steps) if isinstance(given, float) and 0 < given < 1 else given
 
 
 def _try_out(schedule: LambdaLR, steps: Collection[int]) -> None:

@@ -53,6 +53,17 @@ def test_musubi_rounding_gives_musubis_bytes_and_scales(case):
         assert hashlib.sha256(codes.numpy().tobytes()).hexdigest() == case["fp8_sha256"]
 
 
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "block"])
+def test_where_musubis_float16_scale_underflows_to_zero_its_codes_follow(granularity):
+    """From musubi-tuner 30c658c, quantize_weight of the same weight: 126 and 254 are +-448, and the
+    zeros, 0 / 0, are code 0; times the scale all is 0."""
+    weight = torch.tensor([[2.0**-23, -(2.0**-22), 0.0, -0.0], [0.0] * 4], dtype=torch.float16)
+    policy = Fp8Policy(granularity=granularity, block_size=2, scale_rounding="musubi")
+    made = quantize_weight(weight, policy, CPU)
+    assert made.codes.view(torch.uint8).tolist() == [[126, 254, 0, 0], [0, 0, 0, 0]]
+    assert not made.scale.any()
+
+
 @pytest.mark.parametrize(
     "case", GOLDENS["patched_linear_forward"], ids=lambda c: c["mode"] + c["dtype"]
 )

@@ -37,6 +37,11 @@ GOLDEN = json.loads((Path(__file__).parent.parent / "goldens" / "network_targets
             r'''--network_args "exclude_patterns=[r'.*\.\d{2}\..*']" "loraplus_lr_ratio=4"''',
             {"exclude_patterns": r"[r'.*\.\d{2}\..*']", "loraplus_lr_ratio": "4"},
         ),
+        # … and the two ways in which a shell writes ' inside '…'
+        (
+            r"""'a=[r'"'"'.*x y'"'"']' 'b=[r'\''.*z'\'']' c=4""",
+            {"a": "[r'.*x y']", "b": "[r'.*z']", "c": "4"},
+        ),
         ("'a=1' \\\n  'b=x y'", {"a": "1", "b": "x y"}),
         ('a="1 2" b=3', {"a": "1 2", "b": "3"}),
         # as in its TOML file

@@ -235,10 +235,17 @@ def test_scale_weight_norms_leaves_small_weights_bit_identical_and_is_for_lora_o
     result = scale_weight_norms(network, 1e6)
     assert int(result.scaled) == 0
     assert all(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
-    # musubi reports max(norm, limit / 2), so that a fresh network does not divide by zero
-    assert torch.equal(scale_weight_norms(network_for(model), 2.0).norms, torch.ones(6))
+    after = torch.stack([adapter.delta_weight().norm() for _, adapter in network.items()])
+    torch.testing.assert_close(result.norms, after)
     with pytest.raises(ValueError, match="scale_weight_norms=1.0: works on lora only, not on lokr"):
         scale_weight_norms(network_for(model, kind="lokr"), 1.0)
+
+
+def test_a_fresh_network_has_norm_zero_in_the_log_as_in_musubis(model):
+    """max_norm/average_key_norm and max_key_norm of musubi-tuner 30c658c's run with
+    --scale_weight_norms 0.05 begin at 0.0 and pass 0.0308 (golden run loraplus_accum2_norms)."""
+    result = scale_weight_norms(network_for(model), 0.05)
+    assert not result.norms.any() and int(result.scaled) == 0
 
 
 def test_the_network_goes_where_the_model_goes_and_computes_in_the_dtype_asked_for(model):

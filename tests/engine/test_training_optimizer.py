@@ -276,6 +276,18 @@ def test_stable_steps_alone_leave_the_rest_of_the_run_for_the_decay():
     )
 
 
+def test_decay_steps_below_1_are_a_share_of_the_run_as_lr_decay_steps_is_in_musubi():
+    """From get_lr_scheduler of musubi-tuner 30c658c: warm-up 0.2, decay 0.35 (3 steps) of 10."""
+    spec = OptimizerSpec(
+        lr_scheduler="warmup_stable_decay",
+        lr_warmup_steps=0.2,
+        lr_scheduler_args={"num_decay_steps": 0.35},
+    )
+    _, used = run(spec)
+    musubis = [0.0, 0.5e-3, *[1e-3] * 6, 0.75e-3, 0.25e-3]
+    assert [rate for (rate,) in used] == pytest.approx(musubis)
+
+
 def test_schedule_arguments_reach_the_schedule():
     spec = OptimizerSpec(lr_scheduler="inverse_sqrt", lr_scheduler_args={"timescale": 100})
     _, used = run(spec)
