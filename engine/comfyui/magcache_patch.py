@@ -38,7 +38,12 @@ from .magcache_samplers import (
 )
 
 CALIBRATE_KEY = "braid.magcache.calibrate"
-RIVALS = ("easycache", "lazycache", "teacache")
+RIVALS = {
+    "lazycache": "LazyCache",
+    "easycache": "EasyCache or LazyCache",  # both leave their state under this key
+    "teacache": "TeaCache",
+}
+"""Key of another cache -> the nodes that leave it on a model."""
 logger = logging.getLogger("comfyui_braid.magcache")
 
 
@@ -193,8 +198,8 @@ def refuse_rivals(model_options: dict[str, Any]) -> None:
     """ValueError when another cache is on the model; two caches would predict from predictions."""
     options = model_options.get("transformer_options", {})
     outer = options.get("wrappers", {}).get(WrappersMP.OUTER_SAMPLE, {})
-    for rival in RIVALS:
-        if rival in options or rival in outer:
+    for key, rival in RIVALS.items():
+        if key in options or key in outer:
             raise ValueError(
                 f"{rival} is already on this model, and two caches would predict from predictions: "
                 "remove one of the two nodes"

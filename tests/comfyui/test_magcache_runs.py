@@ -12,7 +12,7 @@ import pytest
 import torch
 from comfy.model_management import InterruptProcessingException
 from comfy.patcher_extension import WrappersMP
-from comfy_extras.nodes_easycache import EasyCacheNode
+from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
 from magcache_runs import (
     GREEDY,
     STEPS,
@@ -495,13 +495,16 @@ def test_frames_of_another_context_window_are_another_residual():
     assert first != second and first == again
 
 
-def test_another_cache_on_the_model_is_refused_before_and_after(model):
-    easy = EasyCacheNode.execute(model, 0.2, 0.15, 0.95, False).args[0]
-    with pytest.raises(ValueError, match="easycache is already on this model"):
-        cached(easy)
+@pytest.mark.parametrize(
+    ("node", "name"), [(EasyCacheNode, "EasyCache"), (LazyCacheNode, "LazyCache")]
+)
+def test_another_cache_on_the_model_is_refused_by_its_name_before_and_after(model, node, name):
+    other = node.execute(model, 0.2, 0.15, 0.95, False).args[0]
+    with pytest.raises(ValueError, match=f"{name}.* is already on this model"):
+        cached(other)
     patched, _ = cached(model)
-    later = EasyCacheNode.execute(patched, 0.2, 0.15, 0.95, False).args[0]
-    with pytest.raises(ValueError, match="easycache is already on this model"):
+    later = node.execute(patched, 0.2, 0.15, 0.95, False).args[0]
+    with pytest.raises(ValueError, match=f"{name}.* is already on this model"):
         sample(later, "flux")
 
 
