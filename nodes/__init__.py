@@ -1,7 +1,6 @@
 """ComfyUI nodes: sockets in, one engine call, sockets out."""
 
 from comfy_api.latest import ComfyExtension, io
-from typing_extensions import override
 
 from . import (
     checkpoints,
@@ -36,11 +35,9 @@ NODES: list[type[io.ComfyNode]] = [
 
 
 class BraidExtension(ComfyExtension):
-    @override
     async def on_load(self) -> None:
         live.add_routes()
         await replacements.register()
 
-    @override
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return NODES
