@@ -2,30 +2,12 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import (
-    checkpoints,
-    ema,
-    fp8,
-    live,
-    magcache,
-    network,
-    playground,
-    replacements,
-    timesteps,
-    training,
-    training_optimizer,
-    training_options,
-    training_progress,
-)
+from . import ema, fp8, live, magcache, network, playground, replacements, timesteps, training
 
 NODES: list[type[io.ComfyNode]] = [
     *network.NODES,
     *timesteps.NODES,
     *training.NODES,
-    *training_optimizer.NODES,
-    *training_options.NODES,
-    *training_progress.NODES,
-    *checkpoints.NODES,
     *ema.NODES,
     *fp8.NODES,
     *magcache.NODES,
