@@ -8,6 +8,7 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
+from host.prompts import prompt_nodes
 from host.serve import Server
 
 STEPS = 30
@@ -21,15 +22,7 @@ def server():
 
 def prompt(server, name, resume):
     """Playground training with checkpoints, TensorBoard and previews; the rest are defaults."""
-    schemas = server.object_info()
-
-    def node(kind, **inputs):
-        required = schemas[kind]["input"].get("required", {})
-        defaults = {
-            key: spec[1]["default"] for key, spec in required.items() if "default" in spec[-1]
-        }
-        return {"class_type": kind, "inputs": {**defaults, **inputs}}
-
+    node = prompt_nodes(server.object_info())
     return {
         "1": node("BraidPlaygroundModel"),
         "2": node("BraidPlaygroundDataset", count=4),

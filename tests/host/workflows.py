@@ -36,7 +36,8 @@ def to_prompt(workflow: dict, object_info: dict) -> dict:
     for node in workflow["nodes"]:
         if node["type"] in NOTES or node["mode"] == BYPASSED:
             continue
-        inputs = dict(_named_widgets(node, object_info[node["type"]]))
+        widgets = named_widgets(node, object_info[node["type"]])
+        inputs = {name: value for name, _, _, value in widgets}
         for slot in node.get("inputs", []):
             source = _source(slot, links, nodes)
             if source is not None:
@@ -57,12 +58,20 @@ def _source(slot: dict, links: dict, nodes: dict) -> list | None:
     return _source(through, links, nodes)
 
 
-def _named_widgets(node: dict, info: dict) -> Iterator[tuple[str, Any]]:
+def named_widgets(node: dict, info: dict) -> list[tuple[str, Any, dict, Any]]:
+    """(name, type, options, value) of every widget, as the front end gives a file's values out.
+
+    Widgets that the file does not know yet have their defaults; ValueError when values are left.
+    """
     values = iter(node.get("widgets_values", []))
-    yield from _take(_declared(info["input"], info.get("input_order")), values, "")
+    widgets = list(_take(declared(info["input"], info.get("input_order")), values, ""))
+    left = list(values)
+    if left:
+        raise ValueError(f"{node['type']} has no widgets for {left}")
+    return widgets
 
 
-def _declared(inputs: dict, order: dict | None = None) -> Iterator[tuple[str, Any, dict]]:
+def declared(inputs: dict, order: dict | None = None) -> Iterator[tuple[str, Any, dict]]:
     """(name, type, options) of every declared input, required before optional."""
     for part in ("required", "optional"):
         declared = inputs.get(part, {})
@@ -71,20 +80,20 @@ def _declared(inputs: dict, order: dict | None = None) -> Iterator[tuple[str, An
             yield name, kind, rest[0] if rest else {}
 
 
-def _take(declared, values: Iterator, prefix: str) -> Iterator[tuple[str, Any]]:
-    for name, kind, options in declared:
-        if not _is_widget(kind, options):
+def _take(inputs, values: Iterator, prefix: str) -> Iterator[tuple[str, Any, dict, Any]]:
+    for name, kind, options in inputs:
+        if not is_widget(kind, options):
             continue
-        value = next(values)
-        yield prefix + name, value
+        value = next(values, options.get("default"))
+        yield prefix + name, kind, options, value
         if options.get("control_after_generate"):
-            next(values)
+            next(values, None)
         if kind == DYNAMIC_COMBO:
             chosen = next(o for o in options["options"] if o["key"] == value)
-            yield from _take(_declared(chosen["inputs"]), values, f"{prefix}{name}.")
+            yield from _take(declared(chosen["inputs"]), values, f"{prefix}{name}.")
 
 
-def _is_widget(kind: Any, options: dict) -> bool:
+def is_widget(kind: Any, options: dict) -> bool:
     return (isinstance(kind, list) or kind in WIDGET_TYPES) and not options.get("forceInput")
 
 
@@ -191,8 +200,8 @@ class Graph:
         """(all input names, widget values in order, sockets)."""
         names, values, sockets = set(), [], []
 
-        def visit(declared, prefix: str) -> None:
-            for name, kind, options in declared:
+        def visit(inputs, prefix: str) -> None:
+            for name, kind, options in inputs:
                 full = prefix + name
                 names.add(full)
                 if kind == AUTOGROW:
@@ -201,17 +210,17 @@ class Graph:
                     sockets.extend({"name": each, "type": type_, "link": None} for each in grown)
                     names.update(grown)
                     continue
-                if not _is_widget(kind, options):
+                if not is_widget(kind, options):
                     sockets.append({"name": full, "type": kind, "link": None})
                     continue
-                values.append(given[full] if full in given else _default(kind, options))
+                values.append(given[full] if full in given else default(kind, options))
                 if options.get("control_after_generate"):
                     values.append("fixed")
                 if kind == DYNAMIC_COMBO:
                     chosen = next(o for o in options["options"] if o["key"] == values[-1])
-                    visit(_declared(chosen["inputs"]), f"{full}.")
+                    visit(declared(chosen["inputs"]), f"{full}.")
 
-        visit(_declared(info["input"], info.get("input_order")), "")
+        visit(declared(info["input"], info.get("input_order")), "")
         return names, values, sockets
 
     def _link(self, source: "Node", output: str, node: dict, slot: int) -> None:
@@ -256,7 +265,7 @@ def _group(number: int, column: Column) -> dict:
     }
 
 
-def _default(kind: Any, options: dict) -> Any:
+def default(kind: Any, options: dict) -> Any:
     if "default" in options:
         return options["default"]
     if isinstance(kind, list):
