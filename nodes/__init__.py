@@ -2,21 +2,13 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import (
-    checkpoints,
-    ema,
-    fp8,
-    live,
-    magcache,
-    network,
-    playground,
-    replacements,
-    timesteps,
-    training,
-    training_optimizer,
-    training_options,
-    training_progress,
-)
+from . import ema, fp8, live, network, playground, replacements, timesteps
+from .magcache import nodes as magcache
+from .training import checkpoints
+from .training import optimizer as training_optimizer
+from .training import preview as training_progress
+from .training import saving as training_options
+from .training import train as training
 
 NODES: list[type[io.ComfyNode]] = [
     *network.NODES,

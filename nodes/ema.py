@@ -22,8 +22,8 @@ from ..engine.ema.order import SORTS, selected
 from ..engine.ema.schedule import BetaRamp, MusubiPower, Power, Schedule
 from ..engine.ema.shadows import plan_reconstruction, reconstructed
 from . import live, sockets
-from .checkpoints import load_checkpoints
 from .outputs import next_file
+from .training.checkpoints import load_checkpoints
 
 EXAMPLE_COUNT = 10
 """Checkpoints that the live chart shows while no run is known."""

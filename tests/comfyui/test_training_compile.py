@@ -13,9 +13,9 @@ from test_training_run import PLAN, run, silent, training
 from tiny_models import build, sampled
 from torch._inductor.compile_fx import compile_fx
 
-from comfyui_braid.engine.comfyui.compilation import compiled
-from comfyui_braid.engine.comfyui.loader import Fp8Request, load_fp8
-from comfyui_braid.engine.comfyui.trainer import train_lora
+from comfyui_braid.engine.comfyui.differentiable.compilation import compiled
+from comfyui_braid.engine.comfyui.fp8.loader import Fp8Request, load_fp8
+from comfyui_braid.engine.comfyui.training.run import train_lora
 from comfyui_braid.engine.fp8.policy import Fp8Policy
 from comfyui_braid.engine.network.spec import NetworkSpec, TargetPatterns
 from comfyui_braid.engine.training.options import Compilation, TrainingOptions

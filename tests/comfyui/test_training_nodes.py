@@ -12,10 +12,12 @@ from tiny_models import conditioning, latent
 
 import nodes as core_nodes
 from comfyui_braid.engine.training.options import TrainingOptions
-from comfyui_braid.nodes import training_optimizer, training_options, training_progress
-from comfyui_braid.nodes.training_optimizer import BraidOptimizer
-from comfyui_braid.nodes.training_options import BraidCheckpointing, BraidCompile, BraidTrainingLog
-from comfyui_braid.nodes.training_progress import BraidTrainingPreview, BraidValidation
+from comfyui_braid.nodes.training import optimizer as training_optimizer
+from comfyui_braid.nodes.training import preview as training_progress
+from comfyui_braid.nodes.training import saving as training_options
+from comfyui_braid.nodes.training.optimizer import BraidOptimizer
+from comfyui_braid.nodes.training.preview import BraidTrainingPreview, BraidValidation
+from comfyui_braid.nodes.training.saving import BraidCheckpointing, BraidCompile, BraidTrainingLog
 
 LOG = dict(log_with="tensorboard", logging_dir="logs", log_prefix="", log_tracker_name="")
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from comfy_api.latest import io
 
-from ..engine.checkpoints import Checkpoints, find_checkpoints
-from . import sockets
-from .outputs import loras_folder, newest_first
+from ...engine.checkpoints import Checkpoints, find_checkpoints
+from .. import sockets
+from ..outputs import loras_folder, newest_first
 
 TOP = "."
 """The choice that means output/loras itself."""

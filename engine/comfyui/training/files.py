@@ -7,18 +7,18 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints import SHADOWS_SUFFIX, AdapterStateDict, Checkpoints
-from ..ema.shadows import Shadows
-from ..files import read_header, read_tensors, replaced_when_whole
-from ..network.attach import Network
-from ..network.checkpoint import state_dict_of, weights_of, write_adapter
-from ..network.keys import encoded
-from ..network.metadata import adapter_metadata
-from ..network.targets import TargetReport
-from ..training.loop import TrainingRun, TrainingStep
-from ..training.saving import Saver, resumed
-from . import lora_training
-from .lora_training import LoraTraining
+from ...checkpoints import SHADOWS_SUFFIX, AdapterStateDict, Checkpoints
+from ...ema.shadows import Shadows
+from ...files import read_header, read_tensors, replaced_when_whole
+from ...network.attach import Network
+from ...network.checkpoint import state_dict_of, weights_of, write_adapter
+from ...network.keys import encoded
+from ...network.metadata import adapter_metadata
+from ...network.targets import TargetReport
+from ...training.loop import TrainingRun, TrainingStep
+from ...training.saving import Saver, resumed
+from . import records
+from .records import LoraTraining
 
 logger = logging.getLogger("comfyui_braid.training")
 
@@ -48,7 +48,7 @@ class RunFiles:
             training.name,
             training.checkpointing,
             self._write,
-            lora_training.identity(training, run, targets),
+            records.identity(training, run, targets),
             self._extra_state,
         )
 
@@ -136,10 +136,10 @@ class RunFiles:
             self._architecture,
             title=training.name,
             created=datetime.now(),
-            training=lora_training.musubi_fields(training, self._run, self._started),
-            timestep_range=lora_training.timestep_range(training.timesteps),
+            training=records.musubi_fields(training, self._run, self._started),
+            timestep_range=records.timestep_range(training.timesteps),
         )
-        metadata["braid_config"] = json.dumps(lora_training.public(self._report))
+        metadata["braid_config"] = json.dumps(records.public(self._report))
         state = state_dict_of(self._run.network, self._architecture)
         on_cpu = {key: tensor.detach().cpu() for key, tensor in state.items()}
         return AdapterStateDict(on_cpu, {**metadata, **extra})

@@ -6,18 +6,19 @@ from typing import Any
 import torch
 from comfy_api.latest import io, ui
 
-from ..engine.canvas import as_image
-from ..engine.comfyui.magcache_calibrate import Calibrator
-from ..engine.comfyui.magcache_conditions import network_settings
-from ..engine.comfyui.magcache_patch import MagCachePatch, MagCacheSettings, magcache_of
-from ..engine.files import replaced_when_whole
-from ..engine.magcache.figure import calibration_picture, schedule_picture
-from ..engine.magcache.plan import MagCachePlan, ratios_text
-from ..engine.magcache.presets import preset_for
-from ..engine.magcache.report import schedule_dict
-from ..engine.magcache.schedule import plan_schedule
-from . import sockets
-from .magcache_inputs import (
+from ...engine.canvas import as_image
+from ...engine.comfyui.magcache.calibrate import Calibrator
+from ...engine.comfyui.magcache.conditions import network_settings
+from ...engine.comfyui.magcache.patch import MagCachePatch, MagCacheSettings, magcache_of
+from ...engine.files import replaced_when_whole
+from ...engine.magcache.figure import calibration_picture, schedule_picture
+from ...engine.magcache.plan import MagCachePlan, ratios_text
+from ...engine.magcache.presets import preset_for
+from ...engine.magcache.report import schedule_dict
+from ...engine.magcache.schedule import plan_schedule
+from .. import sockets
+from ..outputs import next_file
+from .inputs import (
     SUBFOLDER,
     calibration_files,
     calibration_folder,
@@ -32,7 +33,6 @@ from .magcache_inputs import (
     sigmas_for,
     strip,
 )
-from .outputs import next_file
 
 
 def _measure_input(meaning: str) -> io.Combo.Input:

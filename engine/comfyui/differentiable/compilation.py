@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch._functorch import config as functorch_config
 
-from ..training.loop import TrainingRun, TrainingStep
-from ..training.options import Compilation
+from ...training.loop import TrainingRun, TrainingStep
+from ...training.options import Compilation
 from .checkpointing import find_blocks, outermost
 from .frozen import forward_replaced
 from .inplace import is_guarded

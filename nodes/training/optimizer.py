@@ -2,10 +2,10 @@
 
 from comfy_api.latest import io
 
-from ..engine.arguments import parse_arguments, parse_literal
-from ..engine.training.optimizer import OPTIMIZERS, OptimizerSpec
-from ..engine.training.schedule import LR_SCHEDULERS
-from . import sockets
+from ...engine.arguments import parse_arguments, parse_literal
+from ...engine.training.optimizer import OPTIMIZERS, OptimizerSpec
+from ...engine.training.schedule import LR_SCHEDULERS
+from .. import sockets
 
 CUSTOM = "custom"
 

@@ -7,9 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..magcache.schedule import Schedule
-from .magcache_blocks import BlockKey, StackMeasure, skipping_hooks, with_hooks
-from .magcache_cache import (
+from ...magcache.residuals import (
     Key,
     ResidualCache,
     predicted_denoised,
@@ -17,7 +15,9 @@ from .magcache_cache import (
     slices,
     velocity,
 )
-from .magcache_samplers import StepClock
+from ...magcache.schedule import Schedule
+from .blocks import BlockKey, StackMeasure, skipping_hooks, with_hooks
+from .samplers import StepClock
 
 KEY = "braid.magcache"
 Compute = Callable[[dict[str, Any]], Tensor]

@@ -8,7 +8,7 @@ import comfy.model_management
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ..fp8.checkpoint import FP8, QUANTIZATION_METADATA, write_streamed
+from ...fp8.checkpoint import FP8, QUANTIZATION_METADATA, write_streamed
 
 MARKER = ".comfy_quant"
 

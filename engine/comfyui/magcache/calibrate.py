@@ -8,15 +8,15 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ..magcache.calibration import ResidualRecorder, average_plans, calibrated_plan
-from ..magcache.curve import falls
-from ..magcache.plan import POSITIVE, Conditions, MagCachePlan
-from .magcache_blocks import BlockKey, StackMeasure, block_keys, with_hooks
-from .magcache_cache import Key, slices, velocity
-from .magcache_conditions import run_conditions
-from .magcache_patch import CALIBRATE_KEY, detach, refuse_rivals
-from .magcache_run import KEY, ConditioningNames, conditioning_keys
-from .magcache_samplers import StepClock, calls_follow_schedule
+from ...magcache.calibration import ResidualRecorder, average_plans, calibrated_plan
+from ...magcache.curve import falls
+from ...magcache.plan import POSITIVE, Conditions, MagCachePlan
+from ...magcache.residuals import Key, slices, velocity
+from .blocks import BlockKey, StackMeasure, block_keys, with_hooks
+from .conditions import run_conditions
+from .patch import CALIBRATE_KEY, detach, refuse_rivals
+from .run import KEY, ConditioningNames, conditioning_keys
+from .samplers import StepClock, calls_follow_schedule
 
 GUIDED = "guided prediction"
 KEPT_RUNS = 16

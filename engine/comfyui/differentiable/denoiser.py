@@ -26,7 +26,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 from torch import Tensor, nn
 
-from . import objective
+from . import noise_levels
 from .checkpointing import checkpointed, graphs_alive
 from .conditioning import Conditioning, encode, groups, settled, stacked
 from .frozen import frozen
@@ -91,11 +91,11 @@ class ComfyDenoiser:
 
     def noised_input(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t (B, C, ...) from `latents` and `noise` (B, C, ...) at noise level `t` (B,)."""
-        return objective.noised_input(self.sampling, latents, noise, t)
+        return noise_levels.noised_input(self.sampling, latents, noise, t)
 
     def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """What `predict` should answer (B, C, ...); noise - latents for flow models."""
-        return objective.target(self.sampling, latents, noise, t)
+        return noise_levels.target(self.sampling, latents, noise, t)
 
     def predict(self, noised: Tensor, t: Tensor, conditioning: Sequence[Conditioning]) -> Tensor:
         """The network's own output (B, C, ...) in float32, not yet a denoised image.
@@ -163,7 +163,7 @@ class ComfyDenoiser:
         self, noised: Tensor, t: Tensor, conditioning: Sequence[Conditioning]
     ) -> Tensor:
         """A batch in one call, through the same options and wrappers as in sampling."""
-        sigma = objective.sigma_at(self.sampling, t)
+        sigma = noise_levels.sigma_at(self.sampling, t)
         arguments = stacked(conditioning, self.device)
         arguments["transformer_options"] = self._options["transformer_options"] | {
             "cond_or_uncond": [0],  # one prompt, "positive", whatever the batch
@@ -214,7 +214,7 @@ def training_session(
     `offload`: keep as little of the model on the device as the host can.
     `latents_shape`: a batch of latents at its largest, for the host's estimate of memory.
     """
-    objective.check_trainable(patcher.get_model_object("model_sampling"))
+    noise_levels.check_trainable(patcher.get_model_object("model_sampling"))
     model, own_dtype = patcher.model, patcher.get_model_object("manual_cast_dtype")
     with ExitStack() as session:
         _load(patcher, latents_shape, gradient_checkpointing, offload)

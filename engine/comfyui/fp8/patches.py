@@ -18,7 +18,7 @@ from comfy.model_patcher import (
 from comfy.patcher_extension import CallbacksMP
 from torch import Tensor, nn
 
-from .fp8_layout import is_fine
+from .layout import is_fine
 
 KEY = "braid.fp8_lora"
 

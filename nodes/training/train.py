@@ -6,16 +6,16 @@ import json
 import numpy as np
 from comfy_api.latest import io, ui
 
-from ..engine.canvas import as_image
-from ..engine.comfyui.items import pair_items
-from ..engine.comfyui.trainer import LoraTraining, train_lora
-from ..engine.timesteps.sampling import TimestepSampling
-from ..engine.training.figure import draw_loss_map
-from ..engine.training.optimizer import OptimizerSpec
-from ..engine.training.options import TrainingOptions
-from ..engine.training.plan import LOSS_TYPES, MIXED_PRECISIONS, TrainingPlan
-from . import live, sockets
-from .outputs import loras_folder
+from ...engine.canvas import as_image
+from ...engine.comfyui.training.items import pair_items
+from ...engine.comfyui.training.run import LoraTraining, train_lora
+from ...engine.timesteps.sampling import TimestepSampling
+from ...engine.training.figure import draw_loss_map
+from ...engine.training.optimizer import OptimizerSpec
+from ...engine.training.options import TrainingOptions
+from ...engine.training.plan import LOSS_TYPES, MIXED_PRECISIONS, TrainingPlan
+from .. import live, sockets
+from ..outputs import loras_folder
 
 
 class BraidTrainLora(io.ComfyNode):

@@ -6,15 +6,15 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..engine.comfyui.magcache_patch import MagCacheSettings
-from ..engine.magcache.curve import resampled_sigmas
-from ..engine.magcache.plan import MagCachePlan, plan_from_ratios
-from ..engine.magcache.presets import preset_named, presets
-from ..engine.magcache.report import schedule_dict
-from ..engine.magcache.rules import MagCacheRule, PlannedRule, Rule
-from ..engine.magcache.schedule import Schedule, plan_schedule
-from . import live, sockets
-from .outputs import inside_output, newest_first, output_folder
+from ...engine.comfyui.magcache.patch import MagCacheSettings
+from ...engine.magcache.curve import resampled_sigmas
+from ...engine.magcache.plan import MagCachePlan, plan_from_ratios
+from ...engine.magcache.presets import preset_named, presets
+from ...engine.magcache.report import schedule_dict
+from ...engine.magcache.rules import MagCacheRule, PlannedRule, Rule
+from ...engine.magcache.schedule import Schedule, plan_schedule
+from .. import live, sockets
+from ..outputs import inside_output, newest_first, output_folder
 
 AUTO, FROM_RATIOS = "auto", "from mag_ratios"
 SUBFOLDER = "magcache"

@@ -10,29 +10,29 @@ from typing import Any
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ..checkpoints import AdapterStateDict, Checkpoints
-from ..ema.shadows import SIGMA_RELS
-from ..network.attach import Network, attached, build_network, parameter_groups
-from ..network.targets import TargetReport, select_targets
-from ..timesteps.sampling import TimestepSampling
-from ..timesteps.stream import TimestepStream
-from ..training.dataset import Dataset, TrainingItem
-from ..training.logs import TrainingLogs, open_logs
-from ..training.loop import TrainingRun, TrainingStep
-from ..training.optimizer import Optimization
-from ..training.saving import find_state, run_folder, saved
-from ..training.validation import Validator, validated
-from . import lora_training
-from .compilation import Compiled, compiled, compiled_steps
-from .denoiser import ComfyDenoiser, training_session
+from ...checkpoints import AdapterStateDict, Checkpoints
+from ...ema.shadows import SIGMA_RELS
+from ...network.attach import Network, attached, build_network, parameter_groups
+from ...network.targets import TargetReport, select_targets
+from ...timesteps.sampling import TimestepSampling
+from ...timesteps.stream import TimestepStream
+from ...training.dataset import Dataset, TrainingItem
+from ...training.logs import TrainingLogs, open_logs
+from ...training.loop import TrainingRun, TrainingStep
+from ...training.optimizer import Optimization
+from ...training.saving import find_state, run_folder, saved
+from ...training.validation import Validator, validated
+from ..differentiable.compilation import Compiled, compiled, compiled_steps
+from ..differentiable.denoiser import ComfyDenoiser, training_session
+from ..model import architecture_of, diffusion_model_of
+from ..progress import reported
+from . import records
+from .files import RunFiles, check_writable
 from .items import Pair
 from .live_picture import LivePicture
-from .lora_training import LoraTraining
 from .memory import MemoryEstimate, estimate_memory, refuse_if_too_large
-from .model import architecture_of, diffusion_model_of
 from .preview import Previewer, previewed
-from .progress import reported
-from .run_files import RunFiles, check_writable
+from .records import LoraTraining
 
 logger = logging.getLogger("comfyui_braid.training")
 
@@ -78,7 +78,7 @@ def train_lora(
         ).to(denoiser.device)
         stack.enter_context(attached(denoiser.diffusion_model, network))
         run = _build_run(training, denoiser, network, items)
-        report = lora_training.resolved(training, run, targets, folder, estimate.text)
+        report = records.resolved(training, run, targets, folder, estimate.text)
         files = RunFiles(training, run, targets, folder, report)
         if state_file:
             files.resume(state_file)
@@ -169,7 +169,7 @@ def _with_options(
         previewer = Previewer(options.preview, run.denoiser, positive, folder)
         steps = previewed(steps, run, previewer)
     if options.log:
-        logs = open_logs(options.log, lora_training.public(report), run)
+        logs = open_logs(options.log, records.public(report), run)
         stack.callback(logs.close)
         steps = _logged(steps, logs, previewer)
     remaining = run.plan.steps - run.step

@@ -21,7 +21,7 @@ from comfy.ops import CastWeightBiasOp
 from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
 
-from ..fp8.dequantize import dequantize
+from ...fp8.dequantize import dequantize
 
 logger = logging.getLogger("comfyui_braid.training")
 

@@ -6,16 +6,16 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ..network.spec import NetworkSpec
-from ..network.targets import TargetReport
-from ..timesteps.sampling import TimestepSampling
-from ..training.loop import TrainingRun
-from ..training.optimizer import OptimizerSpec
-from ..training.options import Checkpointing, TrainingOptions
-from ..training.plan import TrainingPlan
-from ..training.saving import fingerprint
+from ...network.spec import NetworkSpec
+from ...network.targets import TargetReport
+from ...timesteps.sampling import TimestepSampling
+from ...training.loop import TrainingRun
+from ...training.optimizer import OptimizerSpec
+from ...training.options import Checkpointing, TrainingOptions
+from ...training.plan import TrainingPlan
+from ...training.saving import fingerprint
+from ..model import file_name_of, has_fp8_weights
 from .items import Pair
-from .model import file_name_of, has_fp8_weights
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

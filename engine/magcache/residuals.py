@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .magcache_samplers import same_level
+from ..comfyui.magcache.samplers import same_level
 
 Key = Hashable
 """Which evaluation a residual belongs to: conditioning, its frames, shape, dtype and device, and

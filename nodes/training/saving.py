@@ -4,16 +4,16 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..engine.training.options import (
+from ...engine.training.options import (
     LOG_TARGETS,
     Checkpointing,
     Compilation,
     TrainingLog,
     TrainingOptions,
 )
-from ..engine.training.state import STATE_SUFFIX
-from . import sockets
-from .outputs import inside_output, loras_folder, newest_first, plain_name
+from ...engine.training.state import STATE_SUFFIX
+from .. import sockets
+from ..outputs import inside_output, loras_folder, newest_first, plain_name
 
 
 def chained(options: TrainingOptions | None, **part: Any) -> io.NodeOutput:

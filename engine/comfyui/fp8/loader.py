@@ -17,13 +17,13 @@ from comfy.quant_ops import QuantizedTensor
 from comfy.supported_models_base import BASE
 from torch import Tensor, nn
 
-from ..fp8.checkpoint import Fp8Checkpoint, format_name, recognise, without_prefix
-from ..fp8.policy import Decision, Fp8Policy
-from ..fp8.report import Fp8Report, LayerReport
-from ..fp8.source import map_tensors
-from ..fp8.stream import Merge, granularity_of, quantized_stream
-from .frozen import is_linear
-from .progress import reported
+from ...fp8.checkpoint import Fp8Checkpoint, format_name, recognise, without_prefix
+from ...fp8.policy import Decision, Fp8Policy
+from ...fp8.report import Fp8Report, LayerReport
+from ...fp8.source import map_tensors
+from ...fp8.stream import Merge, granularity_of, quantized_stream
+from ..differentiable.frozen import is_linear
+from ..progress import reported
 
 logger = logging.getLogger("comfyui_braid.fp8")
 
@@ -229,8 +229,8 @@ def _as_tuple(target: str | tuple) -> tuple:
 def _use_fine_scales(patcher: ModelPatcher) -> None:
     """Give every FP8 weight with more than one scale our layout, which ComfyUI's cannot hold."""
     # not at the top: the pack must load where ComfyUI runs without comfy-kitchen
-    from .fp8_layout import registered_layout, with_fine_scale
-    from .fp8_lora import apply_patches_on_the_fly
+    from .layout import registered_layout, with_fine_scale
+    from .patches import apply_patches_on_the_fly
 
     fine = False
     for name, module in patcher.model.diffusion_model.named_modules():

@@ -8,8 +8,8 @@ import comfy.samplers
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ..magcache.plan import Conditions
-from .magcache_samplers import sampler_name
+from ...magcache.plan import Conditions
+from .samplers import sampler_name
 
 
 def network_settings(patcher: ModelPatcher) -> dict[str, Any]:

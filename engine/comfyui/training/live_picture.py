@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from ..training.figure import draw_history
-from ..training.loop import TrainingRun, TrainingStep
+from ...training.figure import draw_history
+from ...training.loop import TrainingRun, TrainingStep
 from .preview import Previewer
 
 DRAWING_SHARE = 0.01

@@ -20,15 +20,15 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ..magcache.plan import MagCachePlan, mismatches
-from ..magcache.report import ConditioningCount, RunReport
-from ..magcache.rules import PlannedRule, Rule
-from ..magcache.schedule import plan_schedule
-from .magcache_blocks import block_keys
-from .magcache_cache import ResidualCache
-from .magcache_conditions import run_conditions, schedule_knots, skippable
-from .magcache_run import KEY, Run, apply_model, predict_noise
-from .magcache_samplers import (
+from ...magcache.plan import MagCachePlan, mismatches
+from ...magcache.report import ConditioningCount, RunReport
+from ...magcache.residuals import ResidualCache
+from ...magcache.rules import PlannedRule, Rule
+from ...magcache.schedule import plan_schedule
+from .blocks import block_keys
+from .conditions import run_conditions, schedule_knots, skippable
+from .run import KEY, Run, apply_model, predict_noise
+from .samplers import (
     OWN_LEVELS,
     StepClock,
     adds_noise,

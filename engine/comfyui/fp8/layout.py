@@ -21,9 +21,9 @@ from comfy_kitchen.tensor import (
 )
 from torch import Tensor
 
-from ..fp8.dequantize import dequantize
-from ..fp8.policy import Fp8Policy
-from ..fp8.quantize import finite_amax, quantize_rows, scale_from_amax
+from ...fp8.dequantize import dequantize
+from ...fp8.policy import Fp8Policy
+from ...fp8.quantize import finite_amax, quantize_rows, scale_from_amax
 
 LAYOUT = "BraidFp8Layout"
 

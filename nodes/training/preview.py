@@ -2,10 +2,10 @@
 
 from comfy_api.latest import io
 
-from ..engine.comfyui.preview import PreviewSampling
-from ..engine.training.options import Preview, TrainingOptions, Validation
-from . import sockets
-from .training_options import chained, options_input, options_output
+from ...engine.comfyui.training.preview import PreviewSampling
+from ...engine.training.options import Preview, TrainingOptions, Validation
+from .. import sockets
+from .saving import chained, options_input, options_output
 
 
 class BraidTrainingPreview(io.ComfyNode):

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..files import replaced_when_whole
-from ..training.loop import TrainingRun, TrainingStep
-from ..training.options import Preview
-from .denoiser import ComfyDenoiser
+from ...files import replaced_when_whole
+from ...training.loop import TrainingRun, TrainingStep
+from ...training.options import Preview
+from ..differentiable.denoiser import ComfyDenoiser
 
 logger = logging.getLogger("comfyui_braid.training")
 
