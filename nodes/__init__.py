@@ -2,7 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import ema, fp8, live, network, playground, replacements, timesteps
+from . import ema, fp8, live, network, outputs, playground, replacements, timesteps
 from .magcache import nodes as magcache
 from .training import checkpoints
 from .training import optimizer as training_optimizer
@@ -29,6 +29,7 @@ NODES: list[type[io.ComfyNode]] = [
 class BraidExtension(ComfyExtension):
     async def on_load(self) -> None:
         live.add_routes()
+        outputs.sweep_in_background()
         await replacements.register()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
