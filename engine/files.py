@@ -1,13 +1,10 @@
-"""Files that are whole or absent, and the hashes that LoRA managers look for."""
+"""Files of safetensors, read and written, and the hashes that LoRA managers look for."""
 
 import hashlib
 import json
 import math
-import os
 import struct
-import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +12,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-PARTIAL_SUFFIX = ".partial"
-"""Of files that are being written; only a killed process leaves one."""
+from .writing import replaced_when_whole
+
 LEGACY_HASH_OFFSET = 0x100000
 LEGACY_HASH_LENGTH = 0x10000
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
@@ -30,34 +27,18 @@ DTYPES = {
     # from torch 2.7 on
     **({"F8_E8M0": torch.float8_e8m0fnu} if hasattr(torch, "float8_e8m0fnu") else {}),
     "I16": torch.int16,
+    "U16": torch.uint16,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "I32": torch.int32,
+    "U32": torch.uint32,
     "F32": torch.float32,
     "F64": torch.float64,
     "I64": torch.int64,
+    "U64": torch.uint64,
 }
 """safetensors' name of each dtype that Braid reads, in the order that safetensors sorts by."""
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-@contextmanager
-def replaced_when_whole(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success flush it to disk and rename it to `path`.
-
-    On any exception the temporary file is removed and `path` is left as it was.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}"
-    try:
-        temporary.touch(exist_ok=False)
-        yield temporary
-        with temporary.open("r+b") as written:  # Windows flushes only what may be written to
-            os.fsync(written.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -223,9 +204,31 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def write_safetensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    check: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write `tensors` (made contiguous, on the CPU) and string `metadata`; whole or not at all."""
-    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with replaced_when_whole(path) as temporary:
-        safetensors.torch.save_file(on_cpu, temporary, dict(metadata))
+    """Write `tensors` and string `metadata`, one tensor at a time; whole or not at all.
+
+    safetensors' own writer needs a copy of every tensor first, has a temporary file of its own that
+    a killed process leaves, and makes the file readable for its owner alone. `check` gets the
+    written file before it takes its place. NotWrittenError says what went wrong.
+    """
+    layout = saved_layout({k: (_dtype_name(k, t), tuple(t.shape)) for k, t in tensors.items()})
+    header = header_bytes(layout, metadata)
+    size = len(header) + max((entry.end for entry in layout.values()), default=0)
+    with replaced_when_whole(path, size) as file:
+        file.write(header)
+        for name in layout:
+            flat = tensors[name].detach().cpu().contiguous().view(-1)
+            if flat.numel():
+                file.write(memoryview(flat.view(torch.uint8).numpy()))
+        if check:
+            check(file.path)
+
+
+def _dtype_name(key: str, tensor: Tensor) -> str:
+    if tensor.dtype not in DTYPE_NAMES:
+        raise ValueError(f"{key} is {tensor.dtype}, which no safetensors file of Braid's holds")
+    return DTYPE_NAMES[tensor.dtype]

@@ -2,7 +2,18 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import ema, fp8, live, magcache, network, playground, replacements, timesteps, training
+from . import (
+    ema,
+    fp8,
+    live,
+    magcache,
+    network,
+    outputs,
+    playground,
+    replacements,
+    timesteps,
+    training,
+)
 
 NODES: list[type[io.ComfyNode]] = [
     *network.NODES,
@@ -19,6 +30,7 @@ NODES: list[type[io.ComfyNode]] = [
 class BraidExtension(ComfyExtension):
     async def on_load(self) -> None:
         live.add_routes()
+        outputs.sweep_in_background()
         await replacements.register()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..engine.checkpoints import Checkpoints
 from ..engine.comfyui.progress import completed
@@ -22,7 +22,7 @@ from ..engine.ema.order import SORTS, selected
 from ..engine.ema.schedule import BetaRamp, MusubiPower, Power, Schedule
 from ..engine.ema.shadows import plan_reconstruction, reconstructed
 from . import live, sockets
-from .outputs import next_file
+from .outputs import next_file, shown_picture
 from .training.checkpoints import load_checkpoints
 
 EXAMPLE_COUNT = 10
@@ -254,7 +254,7 @@ class BraidEmaReconstruct(io.ComfyNode):
         lora = completed(reconstructed(checkpoints, reconstruction, path))
         image = draw_reconstruction(reconstruction)
         report = report_json(reconstruction.report() | {"path": str(path or "")})
-        return io.NodeOutput(lora, report, image, ui=ui.PreviewImage(image, cls=cls))
+        return io.NodeOutput(lora, report, image, ui=shown_picture(image, cls))
 
 
 class BraidEmaSweep(io.ComfyNode):

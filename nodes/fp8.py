@@ -14,7 +14,7 @@ from ..engine.fp8.chart import error_chart
 from ..engine.fp8.policy import Fp8Policy, LayerPatterns
 from ..engine.fp8.report import Fp8Report
 from ..engine.playground.model import WEIGHTS
-from .outputs import next_file
+from .outputs import next_file, shown_picture
 from .sockets import FP8
 
 NO_LORA = "none"
@@ -203,7 +203,7 @@ class BraidSaveFp8(io.ComfyNode):
 def _chart(report: Fp8Report) -> ui.PreviewImage | None:
     if not report.measured:
         return None
-    return ui.PreviewImage(as_image(error_chart(report)), cls=BraidFp8Loader)
+    return shown_picture(as_image(error_chart(report)), BraidFp8Loader)
 
 
 def _model_file(unet_name: str) -> Path:

@@ -1,11 +1,22 @@
 """Where nodes write: what is typed, as a place inside ComfyUI's output folder."""
 
 import contextlib
+import logging
+import threading
 from pathlib import Path
 
 import folder_paths
+from comfy_api.latest import io, ui
 
 from ..engine.names import FORBIDDEN_IN_NAMES, check_typed_path
+from ..engine.writing import failures_said, remove_leftovers
+
+logger = logging.getLogger("comfyui_braid")
+
+SUBFOLDERS = ("loras", "diffusion_models", "magcache")
+"""Of output/, where the nodes write unless another place is typed; each may be a link."""
+RESCUED = "braid_rescued"
+A_DAY_S = 24 * 3600.0
 
 
 def output_folder() -> Path:
@@ -14,6 +25,45 @@ def output_folder() -> Path:
 
 def loras_folder() -> Path:
     return output_folder() / "loras"
+
+
+def spare_folders() -> list[Path]:
+    """Where a finished LoRA goes when its folder takes it not; temp/ last, for ComfyUI empties it.
+
+    With --user-directory or --temp-directory they may lie on other disks.
+    """
+    folders = (folder_paths.get_user_directory(), folder_paths.get_temp_directory())
+    return [Path(folder) / RESCUED for folder in folders]
+
+
+def sweep() -> list[Path]:
+    """Remove what killed processes left a day ago or earlier where nodes write; never raises."""
+    output = output_folder()
+    removed: list[Path] = []
+    for folder in (output, *(output / name for name in SUBFOLDERS), *spare_folders()):
+        removed += remove_leftovers(folder, A_DAY_S)
+    if removed:
+        logger.info("removed %d unfinished files of a killed process", len(removed))
+    return removed
+
+
+def sweep_in_background() -> threading.Thread:
+    """Sweep beside the start of ComfyUI, which does not wait for it."""
+    thread = threading.Thread(target=sweep, name="braid sweep", daemon=True)
+    thread.start()
+    return thread
+
+
+def shown_picture(image: io.Image.Type, cls: type[io.ComfyNode]) -> ui.PreviewImage | None:
+    """The picture under a node, which ComfyUI saves in temp/; None where that has no room for it.
+
+    A picture is no reason to lose what the node has made.
+    """
+    try:
+        return ui.PreviewImage(image, cls=cls)
+    except OSError as error:
+        logger.warning("the picture of %s is not shown (%s)", cls.__name__, error)
+        return None
 
 
 def newest_first(folder: Path, pattern: str) -> list[Path]:
@@ -46,8 +96,9 @@ def next_file(filename_prefix: str, suffix: str, below: str = "") -> Path:
         )
     inside_output("filename_prefix", filename_prefix, below)
     root = output_folder() / below
-    root.mkdir(parents=True, exist_ok=True)
-    folder, name, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, str(root))
+    with failures_said(root / filename_prefix):
+        root.mkdir(parents=True, exist_ok=True)
+        folder, name, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, str(root))
     return Path(folder) / f"{name}_{counter:05}_{suffix}"
 
 

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..files import DTYPES, SshsHasher, header_bytes, replaced_when_whole
+from ..files import DTYPES, SshsHasher, header_bytes
+from ..writing import replaced_when_whole
 from .layout import Source, Span, copied_inside, key_at, output_layout, read_sources, spans
 
 CHUNK_ELEMENTS = 1 << 18
@@ -79,8 +80,10 @@ def write_merged(merge: Merge, output: Path) -> Iterator[Progress]:
         raise ValueError(f"{output}: is one of the files to merge; choose another name")
     layout = output_layout(merge.reference)
     hasher = SshsHasher(layout, merge.metadata)
-    with replaced_when_whole(output) as temporary, temporary.open("wb") as file:
-        file.write(header_bytes(layout, merge.metadata | NO_HASHES))
+    header = header_bytes(layout, merge.metadata | NO_HASHES)
+    size = len(header) + max((entry.end for entry in layout.values()), default=0)
+    with replaced_when_whole(output, size) as file:
+        file.write(header)
 
         def store(chunk: memoryview) -> None:
             file.write(chunk)

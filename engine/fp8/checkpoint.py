@@ -10,12 +10,10 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..files import DTYPE_NAMES, header_bytes, replaced_when_whole, saved_layout
 from .source import TensorSource
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -201,17 +199,3 @@ def _one_form(
 def _legacy_marker(marker: Tensor | None) -> Marker:
     """What ComfyUI's older `scaled_fp8` tensor says of every layer: with two elements, this."""
     return {FULL_PRECISION: True} if marker is not None and marker.numel() == 2 else {}
-
-
-def write_streamed(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file one tensor at a time; whole or not at all.
-
-    safetensors' own writer first copies every tensor, which would double the memory of a model.
-    """
-    layout = saved_layout({k: (DTYPE_NAMES[t.dtype], tuple(t.shape)) for k, t in tensors.items()})
-    with replaced_when_whole(path) as temporary, temporary.open("wb") as file:
-        file.write(header_bytes(layout, metadata))
-        for name in layout:
-            flat = tensors[name].detach().cpu().contiguous().view(-1)
-            if flat.numel():
-                file.write(memoryview(flat.view(torch.uint8).numpy()))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..files import read_header, sshs_hashes, write_safetensors
+from ..writing import NotWrittenError
 from .adapters import ADAPTERS
 from .architectures import Architecture
 from .attach import Network
@@ -125,22 +126,28 @@ def cast(
 def write_adapter(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write tensors and metadata with the sshs hashes, then read the file back and compare.
 
-    Whole or not at all; OSError when the file does not hold what was to be written.
+    Whole or not at all; NotWrittenError too when the file does not hold what was to be written.
     """
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
     complete = dict(metadata) | sshs_hashes(tensors, metadata)
-    write_safetensors(path, tensors, complete)
-    verify_adapter(path, tensors, complete)
+    write_safetensors(path, tensors, complete, lambda file: verify_adapter(file, tensors, complete))
 
 
 def verify_adapter(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """OSError unless the file holds exactly these tensors, bit for bit, and this metadata."""
-    with safetensors.safe_open(path, framework="pt") as file:
-        if (file.metadata() or {}) != dict(metadata) or set(file.keys()) != set(tensors):
-            raise OSError(f"{path}: read back with other keys or metadata than were written")
-        for key, tensor in tensors.items():
-            if not _same_bits(file.get_tensor(key), tensor):
-                raise OSError(f"{path}: {key} read back different; the disk may be full or failing")
+    """NotWrittenError unless the file holds exactly these tensors, bit for bit, and metadata."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}) != dict(metadata) or set(file.keys()) != set(tensors):
+                raise _damaged(path, "read back with other keys or metadata than were written")
+            for key, tensor in tensors.items():
+                if not _same_bits(file.get_tensor(key), tensor):
+                    raise _damaged(path, f"{key} read back different")
+    except safetensors.SafetensorError as error:
+        raise _damaged(path, f"could not be read back ({error})") from error
+
+
+def _damaged(path: Path, what: str) -> NotWrittenError:
+    return NotWrittenError(f"{path}: {what}; the disk is failing, save elsewhere")
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

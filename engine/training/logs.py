@@ -32,9 +32,15 @@ class Tracker(Protocol):
 class TrainingLogs:
     """Turns what is new in a run's history into scalars, once per optimizer step."""
 
-    def __init__(self, trackers: list[Tracker], run: TrainingRun) -> None:
+    def __init__(
+        self,
+        trackers: list[Tracker],
+        run: TrainingRun,
+        warn: Callable[[str], None] = logger.warning,
+    ) -> None:
         """Records that `run` already has, from before a resume, are not logged again."""
         self._trackers = trackers
+        self._warn = warn
         self._run = run
         self._logged = len(run.history.records)
         self._validated = len(run.history.validations)
@@ -99,7 +105,7 @@ class TrainingLogs:
             try:
                 act(tracker)
             except Exception as error:  # a full disk, or whatever W&B makes of a lost connection
-                logger.warning("logging stops here, training goes on (%s)", error)
+                self._warn(f"logging stops here, training goes on ({error})")
                 self._trackers.remove(tracker)
 
 
@@ -123,15 +129,27 @@ def step_scalars(
     }
 
 
-def open_logs(log: TrainingLog, config: Mapping[str, Any], run: TrainingRun) -> TrainingLogs:
+def open_logs(
+    log: TrainingLog,
+    config: Mapping[str, Any],
+    run: TrainingRun,
+    warn: Callable[[str], None] = logger.warning,
+) -> TrainingLogs:
     """Open the trackers that `log` asks for; ValueError with the pip command if one is missing.
 
-    `config` goes with the run and may be uploaded: it must hold no path and no secret.
+    One that cannot write its files is left out with a warning. `config` goes with the run and may
+    be uploaded: it must hold no path and no secret.
     """
     folder = log.logging_dir / f"{log.log_prefix}{time.strftime('%Y%m%d%H%M%S')}"
     openers = {"tensorboard": _TensorBoard, "wandb": _WandB}
     wanted = openers if log.log_with == "all" else {log.log_with: openers[log.log_with]}
-    return TrainingLogs([open_(log, folder, config) for open_ in wanted.values()], run)
+    trackers = []
+    for name, open_ in wanted.items():
+        try:
+            trackers.append(open_(log, folder, config))
+        except OSError as error:
+            warn(f"{name} cannot write in {folder} ({error}): this run is trained without it")
+    return TrainingLogs(trackers, run, warn)
 
 
 class _TensorBoard:

@@ -1,5 +1,6 @@
 """Where a run's files go, which of them are kept, and whether a saved state belongs to a run."""
 
+import contextlib
 import glob
 import hashlib
 import logging
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..checkpoints import Checkpoint, Checkpoints, step_of
-from ..files import PARTIAL_SUFFIX, read_header
+from ..files import read_header
+from ..writing import NotWrittenError, remove_leftovers
 from .loop import TrainingRun, TrainingStep
 from .options import Checkpointing
 from .state import STATE_SUFFIX, read_state, write_state
@@ -47,43 +49,58 @@ class Saver:
         self.identity = dict(identity)
         self._extra_state = extra_state
         self._saved: dict[int, Path] = {}
+        self._states: set[int] = set()
         self._final_step: int | None = None
 
     def is_due(self, step: int) -> bool:
         every = self.checkpointing.save_every_n_steps
         return every > 0 and step % every == 0
 
-    def save_step(self, run: TrainingRun, *, with_state: bool | None = None) -> Path:
+    @property
+    def last_saved(self) -> int | None:
+        """The newest step with a file of its own; None while there is none."""
+        return max(self._saved, default=None)
+
+    def save_step(self, run: TrainingRun) -> Path:
         """Save the adapter (and the state, if asked for) of the step just done."""
-        path = self._adapter_path(run.step)
-        self._write(path, run)
-        self._saved[run.step] = path
-        if self.checkpointing.save_state if with_state is None else with_state:
+        path = self.save_adapter(run)
+        if self.checkpointing.save_state:
             self.save_state(run)
-        self._prune(run)
+        self.prune(run)
+        return path
+
+    def save_adapter(self, run: TrainingRun) -> Path:
+        """Save the adapter of the step just done; nothing older goes for it."""
+        path = self._adapter_path(run.step)
+        self._write_adapter_file(path, run)
+        self._saved[run.step] = path
         return path
 
     def save_state(self, run: TrainingRun) -> Path:
         path = self._adapter_path(run.step).with_suffix(STATE_SUFFIX)
         state = {"identity": self.identity, "run": run.state_dict(), **self._extra_state()}
         write_state(path, state)
+        self._states.add(run.step)
         return path
 
-    def save_final(self, run: TrainingRun) -> Path:
+    def has_saved(self, step: int) -> bool:
+        """Whether adapter and state of that step are already there."""
+        return step in self._saved and step in self._states
+
+    def save_final(self, run: TrainingRun, warn: Callable[[str], None] = logger.warning) -> Path:
         """Save the finished adapter under the run's own name, and its state if asked for."""
-        self._write(self.final, run)
+        self._write_adapter_file(self.final, run)
         self._final_step = run.step
-        if self.checkpointing.save_state:
+        if self.checkpointing.save_state and run.step not in self._states:
             try:
                 self.save_state(run)
-            except (OSError, ValueError) as error:
-                logger.warning("the state of the finished run was not saved (%s)", error)
+            except (NotWrittenError, ValueError) as error:
+                warn(f"the finished LoRA is saved, but not its state ({error})")
         return self.final
 
     def continued(self, run: TrainingRun) -> None:
         """After a resume: the checkpoints up to that step that are already in the folder."""
-        for leftover in self.folder.glob(f".{glob.escape(self.name)}*{PARTIAL_SUFFIX}"):
-            leftover.unlink(missing_ok=True)  # of a killed process
+        remove_leftovers(self.folder)
         for path in self.folder.glob(f"{glob.escape(self.name)}-step*.safetensors"):
             found = STEP_NAME.search(path.name)
             if found and int(found[1]) <= run.step:
@@ -101,12 +118,16 @@ class Saver:
     def _adapter_path(self, step: int) -> Path:
         return self.folder / f"{self.name}-step{step:08d}.safetensors"
 
-    def _write(self, path: Path, run: TrainingRun) -> None:
+    def metadata(self, run: TrainingRun) -> dict[str, str]:
+        """What an adapter file of the step just done says beside what is the same in all."""
         run.read_records()
         metadata = {"ss_steps": str(run.step), "ss_epoch": str(run.epoch)}
         if run.history.records:
             metadata["braid_loss"] = repr(run.history.average(run.steps_per_epoch))
-        metadata |= self._validation_metadata(run)
+        return metadata | self._validation_metadata(run)
+
+    def _write_adapter_file(self, path: Path, run: TrainingRun) -> None:
+        metadata = self.metadata(run)
         with run.optimization.averaged():
             self._write_adapter(path, metadata)
 
@@ -127,7 +148,7 @@ class Saver:
             if record.step in self._saved and math.isfinite(record.loss)
         ]
 
-    def _prune(self, run: TrainingRun) -> None:
+    def prune(self, run: TrainingRun) -> None:
         """Keep the last N by count, and the best."""
         keep = self.checkpointing.save_last_n
         if not keep:
@@ -135,12 +156,18 @@ class Saver:
         _, best = min(self._scored(run), default=(math.inf, None))
         for step in sorted(self._saved)[:-keep]:
             if step != best:
-                path = self._saved.pop(step)
-                path.unlink(missing_ok=True)
-                path.with_suffix(STATE_SUFFIX).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # in use, on Windows: it goes next time
+                    self._saved[step].unlink(missing_ok=True)
+                    self._saved[step].with_suffix(STATE_SUFFIX).unlink(missing_ok=True)
+                    del self._saved[step]
 
 
-def saved(steps: Iterable[TrainingStep], run: TrainingRun, saver: Saver) -> Iterator[TrainingStep]:
+def saved(
+    steps: Iterable[TrainingStep],
+    run: TrainingRun,
+    saver: Saver,
+    warn: Callable[[str], None] = logger.warning,
+) -> Iterator[TrainingStep]:
     """Pass the steps through and save whenever a checkpoint is due.
 
     A checkpoint that cannot be written, such as on a full disk, is no reason to lose the run.
@@ -149,12 +176,10 @@ def saved(steps: Iterable[TrainingStep], run: TrainingRun, saver: Saver) -> Iter
         if saver.is_due(step.step):
             try:
                 saver.save_step(run)
-            except OSError as error:
-                logger.warning(
-                    "the checkpoint of step %d was not saved (%s); files saved before are whole, "
-                    "training goes on and tries again at the next one",
-                    step.step,
-                    error,
+            except NotWrittenError as error:
+                warn(
+                    f"the checkpoint of step {step.step} was not saved whole ({error}); what was "
+                    "saved before stays, training goes on and tries again at the next one"
                 )
         yield step
 

@@ -10,14 +10,14 @@ from ...engine.canvas import as_image
 from ...engine.comfyui.magcache.calibrate import Calibrator
 from ...engine.comfyui.magcache.conditions import network_settings
 from ...engine.comfyui.magcache.patch import MagCachePatch, MagCacheSettings, magcache_of
-from ...engine.files import replaced_when_whole
 from ...engine.magcache.figure import calibration_picture, schedule_picture
 from ...engine.magcache.plan import MagCachePlan, ratios_text
 from ...engine.magcache.presets import preset_for
 from ...engine.magcache.report import schedule_dict
 from ...engine.magcache.schedule import plan_schedule
+from ...engine.writing import replaced_when_whole
 from .. import sockets
-from ..outputs import next_file
+from ..outputs import next_file, shown_picture
 from .inputs import (
     SUBFOLDER,
     calibration_files,
@@ -187,14 +187,13 @@ class BraidMagCacheCalibration(io.ComfyNode):
         if filename_prefix.strip():
             _save(plan, filename_prefix.strip())
         image = as_image(calibration_picture(plan))
-        return io.NodeOutput(
-            plan, ratios_text(plan), image, latent, ui=ui.PreviewImage(image, cls=cls)
-        )
+        return io.NodeOutput(plan, ratios_text(plan), image, latent, ui=shown_picture(image, cls))
 
 
 def _save(plan: MagCachePlan, prefix: str) -> None:
-    with replaced_when_whole(next_file(prefix, ".json", SUBFOLDER)) as temporary:
-        temporary.write_text(plan.to_json(), encoding="utf-8")
+    data = plan.to_json().encode()
+    with replaced_when_whole(next_file(prefix, ".json", SUBFOLDER), len(data)) as file:
+        file.write(data)
 
 
 class BraidMagCachePlan(io.ComfyNode):

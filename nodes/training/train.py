@@ -4,7 +4,7 @@ import functools
 import json
 
 import numpy as np
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ...engine.canvas import as_image
 from ...engine.comfyui.training.items import pair_items
@@ -15,7 +15,7 @@ from ...engine.training.optimizer import OptimizerSpec
 from ...engine.training.options import TrainingOptions
 from ...engine.training.plan import LOSS_TYPES, MIXED_PRECISIONS, TrainingPlan
 from .. import live, sockets
-from ..outputs import loras_folder
+from ..outputs import loras_folder, shown_picture, spare_folders
 
 
 class BraidTrainLora(io.ComfyNode):
@@ -230,6 +230,7 @@ class BraidTrainLora(io.ComfyNode):
                 pairs=pair_items(latents, positive),
                 held_out=pair_items(held_out.latents, held_out.conditioning) if held_out else (),
                 loras=loras_folder(),
+                spare_folders=spare_folders(),
             ),
             functools.partial(live.say, cls.hidden.unique_id),
         )
@@ -239,5 +240,5 @@ class BraidTrainLora(io.ComfyNode):
             trained.loss_map,
             trained.checkpoints,
             json.dumps(trained.report, indent=2),
-            ui=ui.PreviewImage(picture, cls=cls),
+            ui=shown_picture(picture, cls),
         )

@@ -25,7 +25,7 @@ import conftest  # noqa: E402, F401  registers the package
 import torch  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 
-from comfyui_braid.engine.fp8.checkpoint import write_streamed  # noqa: E402
+from comfyui_braid.engine.files import write_safetensors  # noqa: E402
 from comfyui_braid.engine.fp8.policy import Decision, Fp8Policy  # noqa: E402
 from comfyui_braid.engine.fp8.source import map_tensors  # noqa: E402
 from comfyui_braid.engine.fp8.stream import quantized_stream  # noqa: E402
@@ -38,7 +38,7 @@ def write_file(path: Path, megabytes: int) -> None:
     layers = -(-megabytes * 10**6 // (2 * WIDTH * WIDTH))
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(WIDTH, WIDTH, generator=generator).mul_(0.02).bfloat16()
-    write_streamed(path, {f"blocks.{i}.weight": weight.roll(i) for i in range(layers)}, {})
+    write_safetensors(path, {f"blocks.{i}.weight": weight.roll(i) for i in range(layers)}, {})
 
 
 def ours(path: Path, policy: Fp8Policy) -> dict:

@@ -1,4 +1,3 @@
-import errno
 import hashlib
 import json
 import os
@@ -13,6 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 from ema_files import ALPHA, DOWN, UP, adapter, average_of, checkpoints, finish, save, write_run
+from full_disk import NO_ROOM, files_below, largest_file
 
 from comfyui_braid.engine.checkpoints import find_checkpoints
 from comfyui_braid.engine.ema import merge as merge_module
@@ -26,6 +26,7 @@ from comfyui_braid.engine.files import (
     saved_layout,
     sshs_hashes,
 )
+from comfyui_braid.engine.writing import NotWrittenError
 
 TESTS = Path(__file__).parent.parent
 GOLDEN = json.loads((TESTS / "goldens" / "ema_musubi.json").read_text())
@@ -340,20 +341,21 @@ def test_a_disk_that_fills_up_in_the_middle_ends_the_merge_and_leaves_no_file(
     tmp_path, monkeypatch
 ):
     monkeypatch.setattr(merge_module, "CHUNK_ELEMENTS", 20)
-    update, calls = SshsHasher.update, []
-
-    def full(self, data):
-        calls.append(len(data))
-        if len(calls) == 3:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        update(self, data)
-
-    monkeypatch.setattr(SshsHasher, "update", full)
     merge = prepare_merge(write_run(tmp_path / "run", 2), [0.5], like_musubi=False)
+    finish(write_merged(merge, tmp_path / "whole.safetensors"))
+    size = (tmp_path / "whole.safetensors").stat().st_size
     steps = write_merged(merge, tmp_path / "out" / "ema.safetensors")
-    with pytest.raises(OSError, match="No space left"):
+    with largest_file(size - 100), pytest.raises(NotWrittenError, match=f"ema.*{NO_ROOM}"):
         finish(steps)
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_full_disk_ends_a_product_average_and_leaves_no_file(tmp_path):
+    run = checkpoints(write_run(tmp_path / "run", 2), [100, 200])
+    output = tmp_path / "out" / "ema.safetensors"
+    with largest_file(500), pytest.raises(NotWrittenError, match=f"ema.*{NO_ROOM}"):
+        average_of(run, HALF, output, space="product")
+    assert files_below(output.parent) == {}
 
 
 def test_a_file_is_opened_a_few_times_however_many_alphas_it_has(tmp_path, monkeypatch):

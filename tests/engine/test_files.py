@@ -1,11 +1,12 @@
+import importlib.util
 import os
-import runpy
 
 import pytest
 import torch
 
 from comfyui_braid.engine import files
-from comfyui_braid.engine.files import read_tensors, replaced_when_whole, write_safetensors
+from comfyui_braid.engine.files import read_tensors, write_safetensors
+from comfyui_braid.engine.writing import replaced_when_whole
 
 
 def test_a_file_is_flushed_through_a_handle_that_may_write_as_windows_demands(
@@ -14,8 +15,8 @@ def test_a_file_is_flushed_through_a_handle_that_may_write_as_windows_demands(
     fcntl = pytest.importorskip("fcntl")  # Unix
     modes = []
     monkeypatch.setattr(os, "fsync", lambda fd: modes.append(fcntl.fcntl(fd, fcntl.F_GETFL)))
-    with replaced_when_whole(tmp_path / "file") as temporary:
-        temporary.write_bytes(b"whole")
+    with replaced_when_whole(tmp_path / "file") as file:
+        file.write(b"whole")
     assert [mode & os.O_ACCMODE for mode in modes] == [os.O_RDWR]
     assert (tmp_path / "file").read_bytes() == b"whole"
 
@@ -32,5 +33,9 @@ def test_tensors_that_were_read_stay_as_they_are_when_their_file_is_written_over
 
 def test_the_dtypes_are_those_that_an_older_torch_has_too(monkeypatch):
     monkeypatch.delattr(torch, "float8_e8m0fnu", raising=False)  # new in torch 2.7
-    older = runpy.run_path(files.__file__)["DTYPES"]
-    assert older == {name: dtype for name, dtype in files.DTYPES.items() if name != "F8_E8M0"}
+    spec = importlib.util.spec_from_file_location(f"{files.__name__}_again", files.__file__)
+    older = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(older)
+    assert older.DTYPES == {
+        name: dtype for name, dtype in files.DTYPES.items() if name != "F8_E8M0"
+    }

@@ -4,13 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from comfyui_braid.engine.files import read_header
-from comfyui_braid.engine.fp8.checkpoint import (
-    comfy_quant,
-    recognise,
-    without_prefix,
-    write_streamed,
-)
+from comfyui_braid.engine.files import read_header, write_safetensors
+from comfyui_braid.engine.fp8.checkpoint import comfy_quant, recognise, without_prefix
 from comfyui_braid.engine.fp8.policy import Decision, Fp8Policy
 from comfyui_braid.engine.fp8.source import map_tensors
 from comfyui_braid.engine.fp8.stream import quantized_stream
@@ -59,7 +54,7 @@ def test_a_pickled_checkpoint_is_refused(tmp_path):
 def test_streamed_files_are_read_by_safetensors_itself(tmp_path):
     tensors = weights(codes=torch.randn(4, 4).to(FP8), odd=torch.arange(3, dtype=torch.uint8))
     tensors["view"] = torch.arange(12.0).view(3, 4).t()
-    write_streamed(tmp_path / "out.safetensors", tensors, {"a": "b"})
+    write_safetensors(tmp_path / "out.safetensors", tensors, {"a": "b"})
     back = load_file(tmp_path / "out.safetensors")
     assert set(back) == set(tensors)
     for key, tensor in tensors.items():

@@ -1,19 +1,20 @@
 """Files of a run: which are kept, what a damaged or foreign state is answered with, full disks."""
 
+import contextlib
 import dataclasses
-import errno
 import json
 import logging
 import math
+import re
 import struct
 
 import pytest
 import safetensors
 import safetensors.torch
 import torch
+from full_disk import NO_ROOM, files_below, largest_file
 from training_runs import PLAN, assert_equal_states, make_run, train
 
-from comfyui_braid.engine import files
 from comfyui_braid.engine.files import write_safetensors
 from comfyui_braid.engine.network.attach import attached
 from comfyui_braid.engine.network.spec import NetworkSpec
@@ -30,6 +31,7 @@ from comfyui_braid.engine.training.saving import (
     saved,
 )
 from comfyui_braid.engine.training.state import read_state, write_state
+from comfyui_braid.engine.writing import NotWrittenError
 
 EVERY_STEP = Checkpointing(save_every_n_steps=1, save_state=True)
 
@@ -115,39 +117,45 @@ def test_the_best_is_marked_in_the_step_file_and_in_the_final_file_of_the_same_s
             assert file.metadata()["braid_best_so_far"] == "true"
 
 
-@pytest.fixture
-def full_disk(monkeypatch):
-    """Every write after `fill()` fails half-way, as on a full disk."""
-    full = []
-    original = safetensors.torch.save_file
-
-    def save(tensors, path, metadata=None):
-        if full:
-            path.write_bytes(b"half of it")
-            raise OSError(errno.ENOSPC, "No space left on device")
-        original(tensors, path, metadata)
-
-    monkeypatch.setattr(files.safetensors.torch, "save_file", save)
-    return full
-
-
-def test_a_full_disk_costs_a_checkpoint_and_never_the_run_or_an_older_file(
-    tmp_path, full_disk, caplog
-):
+@pytest.mark.parametrize("room", [1000, 120_000], ids=["for nothing", "for no state"])
+def test_a_full_disk_costs_a_checkpoint_and_never_the_run_or_an_older_file(room, tmp_path, caplog):
     run, model = make_run(dataclasses.replace(PLAN, steps=4))
     whole = train(*make_run(dataclasses.replace(PLAN, steps=4)))
     saver = saver_of(run, tmp_path, dataclasses.replace(EVERY_STEP, save_last_n=1))
-    with attached(model, run.network), caplog.at_level(logging.WARNING, "comfyui_braid"):
+    disk = contextlib.ExitStack()
+    with attached(model, run.network), caplog.at_level(logging.WARNING, "comfyui_braid"), disk:
         for step in saved(run.steps(), run, saver):
             if step.step == 1:
-                before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-                full_disk.append(True)
+                before = files_below(tmp_path)
+                disk.enter_context(largest_file(room))
             elif step.step == 3:
-                assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
-                full_disk.clear()
-    assert "No space left" in caplog.text and "training goes on" in caplog.text
+                after = files_below(tmp_path)
+                assert before.items() <= after.items()
+                assert not [name for name in after if name.endswith((".partial", "3.state"))]
+                disk.close()
+    assert re.search(NO_ROOM, caplog.text) and "training goes on" in caplog.text
     assert names(tmp_path) == ["lora-step00000004.safetensors", "lora-step00000004.state"]
     assert_equal_states(run.network.state_dict(), whole)
+
+
+def test_a_finished_adapter_is_saved_though_its_state_finds_no_room(tmp_path):
+    run, model = make_run()
+    train(run, model, until=1)
+    said = []
+    with largest_file(120_000):
+        final = saver_of(run, tmp_path).save_final(run, said.append)
+    assert names(tmp_path) == [final.name]
+    (sentence,) = said
+    assert re.match(rf"the finished LoRA is saved, but not its state \(.*{NO_ROOM}", sentence)
+
+
+def test_a_state_that_finds_no_room_is_one_sentence_and_no_file(tmp_path):
+    with (
+        largest_file(1000),
+        pytest.raises(NotWrittenError, match=f"x.state could not be written: {NO_ROOM}"),
+    ):
+        write_state(tmp_path / "x.state", {"a": torch.zeros(10_000)})
+    assert names(tmp_path) == []
 
 
 def damaged(path, how):
@@ -275,7 +283,7 @@ def test_a_run_saves_beside_its_own_state_and_never_beside_a_foreign_one(tmp_pat
 def test_a_resume_takes_up_the_checkpoints_and_clears_what_a_killed_process_left(tmp_path):
     folder = tmp_path / "lora"
     run_and_save(folder, 3)
-    leftover = folder / ".lora-step00000004.safetensors.xyz.partial"
+    leftover = folder / f".lora-step00000004.safetensors.{'0a' * 16}.partial"
     leftover.write_bytes(b"half")
     run, _ = make_run()
     resumed(run, folder / "lora-step00000002.state", {"seed": 7})

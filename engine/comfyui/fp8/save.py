@@ -8,7 +8,8 @@ import comfy.model_management
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ...fp8.checkpoint import FP8, QUANTIZATION_METADATA, write_streamed
+from ...files import write_safetensors
+from ...fp8.checkpoint import FP8, QUANTIZATION_METADATA
 
 MARKER = ".comfy_quant"
 
@@ -40,7 +41,7 @@ def save_fp8(patcher: ModelPatcher, path: Path) -> None:
         "format": "pt",
         QUANTIZATION_METADATA: json.dumps({"format_version": "1.0", "layers": layers}),
     }
-    write_streamed(path, tensors, metadata)
+    write_safetensors(path, tensors, metadata)
 
 
 def _state_dict(patcher: ModelPatcher) -> dict[str, Tensor]:

@@ -1,26 +1,25 @@
 """The files of one run: its adapter, states and EMA shadows, and what they say of it."""
 
+import contextlib
 import json
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from ...checkpoints import SHADOWS_SUFFIX, AdapterStateDict, Checkpoints
-from ...ema.shadows import Shadows
-from ...files import read_header, read_tensors, replaced_when_whole
+from ...ema.shadows import SIGMA_RELS, Shadows
 from ...network.attach import Network
 from ...network.checkpoint import state_dict_of, weights_of, write_adapter
 from ...network.keys import encoded
 from ...network.metadata import adapter_metadata
 from ...network.targets import TargetReport
 from ...training.loop import TrainingRun, TrainingStep
-from ...training.saving import Saver, resumed
+from ...training.room import refuse_without_room, room_needed, tight
+from ...training.saving import Saver, free_folder, resumed
+from ...writing import NotWrittenError, replaced_when_whole
 from . import records
 from .records import LoraTraining
-
-logger = logging.getLogger("comfyui_braid.training")
 
 
 class RunFiles:
@@ -33,12 +32,15 @@ class RunFiles:
         targets: TargetReport,
         folder: Path,
         report: dict[str, Any],
+        warn: Callable[[str], None],
     ) -> None:
-        """report: the resolved configuration; where the adapter went is added to it."""
+        """report: the resolved configuration; where the adapter went is added to it. warn: says
+        what went wrong without ending the run."""
         self._training = training
         self._run = run
         self._architecture = targets.architecture
         self._report = report
+        self._warn = warn
         self._started = datetime.now()
         self._shadows = (
             _build_shadows(run.network, targets) if training.checkpointing.ema_shadows else None
@@ -59,6 +61,14 @@ class RunFiles:
             self._shadows.load_state_dict(rest["shadows"])
         self.saver.continued(self._run)
 
+    def warn_if_tight(self, parameters: int) -> None:
+        """Say so where the files still to come will not all fit; `parameters` of the adapter."""
+        remaining = self._run.plan.steps - self._run.step
+        shadows = len(SIGMA_RELS)
+        needed = room_needed(parameters, self._training.checkpointing, remaining, shadows)
+        if text := tight(needed, self.saver.folder):
+            self._warn(text)
+
     def shadowed(self, steps: Iterator[TrainingStep]) -> Iterator[TrainingStep]:
         """The steps, with the shadows, if any are kept, following what would be saved.
 
@@ -72,33 +82,57 @@ class RunFiles:
 
     def rescue(self) -> str:
         """Save what there is, and say where, without hiding why the run stopped."""
+        saver, run = self.saver, self._run
+        if saver.has_saved(run.step):
+            return f"step {run.step} is saved in {saver.folder}; resume from its .state file"
         try:
-            path = self.saver.save_step(self._run, with_state=True)
-        except (OSError, ValueError) as error:
-            return (
-                f"saving failed ({error}); what was saved before is whole, in {self.saver.folder}"
-            )
+            path = saver.save_adapter(run)
+        except NotWrittenError as error:
+            return f"saving failed: {error}. {self._what_is_left()}"
+        try:
+            saver.save_state(run)
+        except (NotWrittenError, ValueError) as error:
+            return f"saved {path}, but no state to resume it from: {error}"
+        saver.prune(run)
         return f"saved {path}; resume from the .state file beside it"
 
-    def save_finished(self, say: Callable[[str], None]) -> AdapterStateDict:
-        """The finished adapter, as it was read back from its file.
+    def _what_is_left(self) -> str:
+        """Of a run that stopped where nothing could be saved."""
+        step, spare = self.saver.last_saved, self._saved_elsewhere()
+        earlier = "nothing was saved before" if step is None else f"step {step} is the last saved"
+        return f"{earlier}, in {self.saver.folder}" + (f"; the LoRA is in {spare}" if spare else "")
 
-        Where it cannot be written it is handed to the graph all the same, and the report says so.
+    def save_finished(self) -> AdapterStateDict:
+        """The finished adapter, and its file.
+
+        Where that cannot be written, a spare folder gets it, a warning says so, and the adapter is
+        handed to the graph all the same.
         """
+        saver, run = self.saver, self._run
+        with run.optimization.averaged():
+            lora = self._build(saver.metadata(run))
         try:
-            self.saver.save_final(self._run)
-            self._report["file"] = str(self.saver.final)
-            return read_lora(self.saver.final)
-        except OSError as error:
-            text = (
-                f"the finished LoRA could not be saved ({error}); it is at the node's output: free "
-                "some space and save it with Save LoRA"
+            self._report["file"] = str(saver.save_final(run, self._warn))
+        except NotWrittenError as error:
+            spare = self._saved_elsewhere()
+            if spare:
+                self._report["file"] = str(spare)
+            self._warn(
+                f"the finished LoRA could not be saved in its folder ({error}). "
+                + (f"It is in {spare}, and" if spare else "It is")
+                + " at the node's output: save it with Save LoRA once there is room"
             )
-            logger.error(text)
-            say(text)
-            self._report["warnings"].append(text)
-            with self._run.optimization.averaged():
-                return self._build({})
+        return lora
+
+    def _saved_elsewhere(self) -> Path | None:
+        """The adapter as it is in the first spare folder that takes it; None where none does."""
+        for folder in self._training.spare_folders:
+            with contextlib.suppress(NotWrittenError):
+                path = free_folder(folder, self._training.name) / self.saver.final.name
+                with self._run.optimization.averaged():
+                    self._write(path, self.saver.metadata(self._run))
+                return path
+        return None
 
     def save_shadows(self) -> Path | None:
         """The shadow file beside the finished adapter; None without shadows, and, with a warning,
@@ -112,8 +146,8 @@ class RunFiles:
         path = self.saver.folder / f"{self._training.name}{SHADOWS_SUFFIX}"
         try:
             self._shadows.write(path, constants, built.metadata)
-        except OSError as error:
-            logger.warning("the EMA shadows could not be saved (%s)", error)
+        except NotWrittenError as error:
+            self._warn(f"the EMA shadows could not be saved ({error})")
             return None
         return path
 
@@ -129,7 +163,7 @@ class RunFiles:
         write_adapter(path, built, built.metadata)
 
     def _build(self, extra: Mapping[str, str]) -> AdapterStateDict:
-        """The network as it is, as a LORA_MODEL with the metadata of its file."""
+        """A copy of the network as it is, as a LORA_MODEL with the metadata of its file."""
         training = self._training
         metadata = adapter_metadata(
             training.network,
@@ -141,8 +175,8 @@ class RunFiles:
         )
         metadata["braid_config"] = json.dumps(records.public(self._report))
         state = state_dict_of(self._run.network, self._architecture)
-        on_cpu = {key: tensor.detach().cpu() for key, tensor in state.items()}
-        return AdapterStateDict(on_cpu, {**metadata, **extra})
+        copied = {key: tensor.detach().to("cpu", copy=True) for key, tensor in state.items()}
+        return AdapterStateDict(copied, {**metadata, **extra})
 
 
 def _build_shadows(network: Network, targets: TargetReport) -> Shadows:
@@ -151,22 +185,21 @@ def _build_shadows(network: Network, targets: TargetReport) -> Shadows:
     return Shadows({key: tensor for key, tensor in live.items() if not key.endswith(".alpha")})
 
 
-def check_writable(folder: Path) -> None:
-    """ValueError now rather than after an hour of training; leaves nothing behind."""
+def check_writable(folder: Path, parameters: int) -> None:
+    """ValueError now rather than after an hour of training; leaves nothing behind.
+
+    `parameters`: numbers of the adapter, for which there must be room.
+    """
     probe, is_new = folder / "writable", not folder.exists()
     try:
-        with replaced_when_whole(probe) as temporary:
-            temporary.write_bytes(b"")
+        with replaced_when_whole(probe) as file:
+            file.write(b"")
         probe.unlink()
         if is_new:
             folder.rmdir()
     except OSError as error:
         raise ValueError(
-            f"the LoRA cannot be saved under {folder} ({error.strerror or error}); "
-            "choose another output_name or free the folder"
+            f"the LoRA cannot be saved under {folder} ({error}); choose another output_name or "
+            "free the folder"
         ) from error
-
-
-def read_lora(path: Path) -> AdapterStateDict:
-    """A saved adapter as a LORA_MODEL."""
-    return AdapterStateDict(read_tensors(path), read_header(path).metadata)
+    refuse_without_room(parameters, folder)

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ...files import replaced_when_whole
 from ...training.loop import TrainingRun, TrainingStep
 from ...training.options import Preview
+from ...writing import NotWrittenError, replaced_when_whole
 from ..differentiable.denoiser import ComfyDenoiser
 
 logger = logging.getLogger("comfyui_braid.training")
@@ -110,8 +110,11 @@ class Previewer:
     def _save(self, step: int) -> None:
         path = self._folder / "preview" / f"step{step:08d}.png"
         picture = Image.fromarray((self.last * 255).round().astype(np.uint8))
-        with replaced_when_whole(path) as temporary:
-            picture.save(temporary, format="PNG")
+        try:
+            with replaced_when_whole(path) as file:
+                picture.save(file, format="PNG")
+        except NotWrittenError as error:
+            logger.warning("the preview of step %d is shown, but not saved (%s)", step, error)
 
 
 def _approximate(latents: torch.Tensor, latent_format: Any) -> torch.Tensor:

@@ -33,6 +33,8 @@ class LoraTraining:
     """The items of `options.validation`."""
     loras: Path
     """The folder under which the run's own folder is made."""
+    spare_folders: Sequence[Path] = ()
+    """Where a LoRA goes that finds no room there, in order of preference."""
 
     @property
     def checkpointing(self) -> Checkpointing:

@@ -36,6 +36,8 @@ from .records import LoraTraining
 
 logger = logging.getLogger("comfyui_braid.training")
 
+MOST_WARNINGS = 50
+"""In a report; on a full disk every checkpoint gives one."""
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -51,6 +53,20 @@ class TrainedLora:
     """The resolved configuration and what came of it; JSON."""
 
 
+class RunWarnings:
+    """Says at the node, logs, and keeps for the report what goes wrong without ending a run."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.texts: list[str] = []
+        self._say = say
+
+    def __call__(self, text: str) -> None:
+        logger.warning(text)
+        self._say(text)
+        if len(self.texts) < MOST_WARNINGS:
+            self.texts.append(text)
+
+
 def train_lora(
     patcher: ModelPatcher, training: LoraTraining, say: Callable[[str], None]
 ) -> TrainedLora:
@@ -58,7 +74,7 @@ def train_lora(
 
     `say` shows one line of text at the node.
     """
-    plan = training.plan
+    plan, warn = training.plan, RunWarnings(say)
     targets = select_targets(
         diffusion_model_of(patcher), training.network, architecture_of(patcher)
     )
@@ -68,7 +84,7 @@ def train_lora(
     refuse_if_too_large(estimate)
     state_file = find_state(training.loras, plan.output_name, training.checkpointing.resume)
     folder = run_folder(training.loras, plan.output_name, state_file)
-    check_writable(folder)
+    check_writable(folder, targets.parameters)
     with ExitStack() as stack:
         denoiser, compilation = _open_session(stack, patcher, training)
         items = _prepare(denoiser, training.pairs, training.timesteps)
@@ -79,19 +95,21 @@ def train_lora(
         stack.enter_context(attached(denoiser.diffusion_model, network))
         run = _build_run(training, denoiser, network, items)
         report = records.resolved(training, run, targets, folder, estimate.text)
-        files = RunFiles(training, run, targets, folder, report)
+        files = RunFiles(training, run, targets, folder, report, warn)
         if state_file:
             files.resume(state_file)
             say(f"resumed at step {run.step} from {state_file.name}")
+        files.warn_if_tight(targets.parameters)
         steps = files.shadowed(compiled_steps(run, compilation))
-        steps = _with_options(steps, run, training, held_out, files, stack, report)
+        steps = _with_options(steps, run, training, held_out, files, stack, report, warn)
         _train(steps, run, files, say)
-        lora, shadows = files.save_finished(say), files.save_shadows()
+        lora, shadows = files.save_finished(), files.save_shadows()
     report |= {
         "steps_done": run.step,
         "seconds_per_step": _seconds(run.seconds_per_step),
         "first_step_seconds": _seconds(run.first_step_seconds),
         "compiled": compilation.state,
+        "warnings": [*report["warnings"], *warn.texts],
     }
     return TrainedLora(
         lora=lora,
@@ -158,18 +176,19 @@ def _with_options(
     files: RunFiles,
     stack: ExitStack,
     report: Mapping[str, Any],
+    warn: Callable[[str], None],
 ) -> Iterator[TrainingStep]:
     """The steps with validation, saving, previews, logs and progress around them."""
     options, previewer = training.options, None
     if options.validation:
         steps = validated(steps, run, _build_validator(training, held_out))
-    steps = saved(steps, run, files.saver)
+    steps = saved(steps, run, files.saver, warn)
     if options.preview:
         folder, positive = files.saver.folder, training.pairs[0][1]
         previewer = Previewer(options.preview, run.denoiser, positive, folder)
         steps = previewed(steps, run, previewer)
     if options.log:
-        logs = open_logs(options.log, records.public(report), run)
+        logs = open_logs(options.log, records.public(report), run, warn)
         stack.callback(logs.close)
         steps = _logged(steps, logs, previewer)
     remaining = run.plan.steps - run.step

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ...files import replaced_when_whole
+from ...writing import replaced_when_whole
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2330; --dim: #667; --paper: #fff; --line: #d8dce6; }
@@ -52,13 +52,13 @@ def write_report(folder: Path, title: str, lead: str, sections: Sequence[Section
         parts.append(_section_html(folder, number, section))
     page = folder / "index.html"
     body = "\n".join(parts)
-    with replaced_when_whole(page) as temporary:
-        temporary.write_text(
-            "<!doctype html><html lang=en><meta charset=utf-8>"
-            "<meta name=viewport content='width=device-width'>"
-            f"<title>{html.escape(title)}</title><style>{STYLE}</style><body>{body}</body></html>",
-            encoding="utf-8",
-        )
+    text = (
+        "<!doctype html><html lang=en><meta charset=utf-8>"
+        "<meta name=viewport content='width=device-width'>"
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style><body>{body}</body></html>"
+    )
+    with replaced_when_whole(page) as file:
+        file.write(text.encode())
     return page
 
 
@@ -87,8 +87,8 @@ def _table_html(rows: Sequence[Sequence[str]]) -> str:
 def _write_png(path: Path, pixels: np.ndarray) -> None:
     if pixels.dtype != np.uint8:
         pixels = (np.clip(pixels, 0, 1) * 255).round().astype(np.uint8)
-    with replaced_when_whole(path) as temporary:
-        Image.fromarray(pixels).save(temporary, format="PNG")
+    with replaced_when_whole(path) as file:
+        Image.fromarray(pixels).save(file, format="PNG")
 
 
 def tiled(rows: Sequence[np.ndarray], scale: int = 4) -> np.ndarray:
