@@ -62,11 +62,9 @@ class Compilation:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Preview:
-    """Pictures sampled while training; the host's own sampler objects ride along untouched."""
+    """When pictures are sampled while training."""
 
     every_n_steps: int
-    sampling: Any
-    """What the host needs to sample: latent, conditioning, sampler, sigmas, cfg, seed, VAE."""
 
     def __post_init__(self) -> None:
         if self.every_n_steps < 1:
@@ -75,11 +73,8 @@ class Preview:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Validation:
-    """Loss on held-out items, at the same noise and noise levels every time."""
+    """When the loss on held-out items is measured, at the same noise and levels every time."""
 
-    latents: Sequence[Any]
-    conditioning: Sequence[Any]
-    """Latents and conditioning as the host gives them for training."""
     every_n_steps: int
     timesteps_per_item: int = 8
     """Noise levels per item, evenly spread over the run's own law."""
@@ -92,20 +87,31 @@ class Validation:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class HeldOut:
+    """The items of `validation`, as the host gives them for training."""
+
+    latents: Sequence[Any]
+    conditioning: Sequence[Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingOptions:
-    """Socket BRAID_TRAINING_OPTIONS."""
+    """Socket BRAID_TRAINING_OPTIONS: what a run is told besides training, and with which values."""
 
     checkpointing: Checkpointing | None = None
     log: TrainingLog | None = None
     compilation: Compilation | None = None
     preview: Preview | None = None
     validation: Validation | None = None
+    preview_sampling: Any = None
+    """What the host needs to sample `preview`: latent, prompts, sampler, sigmas, cfg, seed, VAE."""
+    held_out: HeldOut | None = None
 
-    def adding(self, **part: Any) -> "TrainingOptions":
-        """A copy with one more part; ValueError when the chain already has that part."""
-        (name,) = part
-        if getattr(self, name) is not None:
-            raise ValueError(
-                f"the chain of options holds {name} twice; remove one of the two nodes"
-            )
-        return replace(self, **part)
+    def adding(self, **parts: Any) -> "TrainingOptions":
+        """A copy with one more option; ValueError when the chain already has it."""
+        for name in parts:
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"the chain of options holds {name} twice; remove one of the two nodes"
+                )
+        return replace(self, **parts)

@@ -2,7 +2,6 @@
 
 import contextlib
 import glob
-import hashlib
 import logging
 import math
 import re
@@ -10,12 +9,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from ..checkpoints import Checkpoint, Checkpoints, step_of
 from ..files import read_header
 from ..writing import NotWrittenError, remove_leftovers
+from .identity import Identity
 from .loop import TrainingRun, TrainingStep
 from .options import Checkpointing
 from .state import STATE_SUFFIX, read_state, write_state
@@ -37,7 +34,7 @@ class Saver:
         name: str,
         checkpointing: Checkpointing,
         write_adapter: WriteAdapter,
-        identity: Mapping[str, Any],
+        identity: Identity,
         extra_state: Callable[[], Mapping[str, Any]] = dict,
     ) -> None:
         """identity: what must be equal for a resume; extra_state: more to save beside the run's."""
@@ -46,7 +43,7 @@ class Saver:
         self.checkpointing = checkpointing
         self.final: Path = folder / f"{name}.safetensors"
         self._write_adapter = write_adapter
-        self.identity = dict(identity)
+        self.identity = identity
         self._extra_state = extra_state
         self._saved: dict[int, Path] = {}
         self._states: set[int] = set()
@@ -78,7 +75,7 @@ class Saver:
 
     def save_state(self, run: TrainingRun) -> Path:
         path = self._adapter_path(run.step).with_suffix(STATE_SUFFIX)
-        state = {"identity": self.identity, "run": run.state_dict(), **self._extra_state()}
+        state = {"identity": self.identity.named, "run": run.state_dict(), **self._extra_state()}
         write_state(path, state)
         self._states.add(run.step)
         return path
@@ -232,19 +229,18 @@ def run_folder(root: Path, output_name: str, state_file: Path | None) -> Path:
     return folder
 
 
-def resumed(run: TrainingRun, path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
+def resumed(run: TrainingRun, path: Path, identity: Identity) -> dict[str, Any]:
     """Put the run where the state file `path` left it; returns the rest of that state.
 
     ValueError when the state is damaged or of another network, data or plan.
     """
     state = read_state(path)
-    for name, ours in identity.items():
-        theirs = state["identity"].get(name)
-        if theirs != ours:
-            raise ValueError(
-                f"resume: {path.name} was saved with {name} {theirs}, this run has {ours}; "
-                "resume with the same setting, or clear resume to start afresh"
-            )
+    if different := identity.difference(state["identity"]):
+        name, theirs, ours = different
+        raise ValueError(
+            f"resume: {path.name} was saved with {name} {theirs}, this run has {ours}; "
+            "resume with the same setting, or clear resume to start afresh"
+        )
     step = int(state["run"]["step"])
     if step > run.plan.steps or (step == run.plan.steps and _is_finished(path, step)):
         raise ValueError(
@@ -263,27 +259,3 @@ def _is_finished(state_file: Path, step: int) -> bool:
     name = STEP_NAME.sub(".", state_file.name)
     final = state_file.with_name(name).with_suffix(".safetensors")
     return final.is_file() and step_of(final, read_header(final).metadata) == step
-
-
-def fingerprint(value: Any) -> str:
-    """A short SHA-256 of nested lists and dicts of tensors, numbers and text."""
-    digest = hashlib.sha256()
-    _feed(digest, value)
-    return digest.hexdigest()[:16]
-
-
-def _feed(digest: Any, value: Any) -> None:
-    if isinstance(value, Tensor):
-        digest.update(repr((tuple(value.shape), value.dtype)).encode())
-        flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(flat.numpy())
-    elif isinstance(value, Mapping):
-        _feed(digest, sorted((str(key), part) for key, part in value.items()))
-    elif isinstance(value, (list, tuple)):
-        digest.update(f"[{len(value)}".encode())
-        for part in value:
-            _feed(digest, part)
-    elif value is None or isinstance(value, (bool, int, float, str)):
-        digest.update(repr(value).encode())
-    else:  # an object of the host, whose contents are its own affair
-        digest.update(type(value).__name__.encode())

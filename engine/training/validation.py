@@ -9,6 +9,7 @@ from .dataset import TrainingItem
 from .history import ValidationRecord
 from .loop import TrainingRun, TrainingStep
 from .objective import sample_losses
+from .options import Validation
 from .seeds import torch_generator
 
 BINS = 10
@@ -17,21 +18,12 @@ BINS = 10
 class Validator:
     """Measures one figure that can be compared across steps and across runs."""
 
-    def __init__(
-        self,
-        items: Sequence[TrainingItem],
-        *,
-        every_n_steps: int,
-        timesteps_per_item: int,
-        seed: int,
-    ) -> None:
+    def __init__(self, items: Sequence[TrainingItem], validation: Validation) -> None:
         self.items = tuple(items)
-        self.every_n_steps = every_n_steps
-        self._timesteps_per_item = timesteps_per_item
-        self._seed = seed
+        self._told = validation
 
     def is_due(self, run: TrainingRun) -> bool:
-        return run.step % self.every_n_steps == 0 or run.step == run.plan.steps
+        return run.step % self._told.every_n_steps == 0 or run.step == run.plan.steps
 
     def measure(self, run: TrainingRun) -> ValidationRecord:
         """The mean unweighted loss over all items and noise levels, dropout off."""
@@ -54,7 +46,7 @@ class Validator:
     ) -> Iterator[tuple[float, float]]:
         latents = item.latents[None].to(run.device, torch.float32)
         for n, level in enumerate(self._levels(run.timesteps.sampling, item)):
-            generator = torch_generator(self._seed, "validation noise", index, n)
+            generator = torch_generator(self._told.seed, "validation noise", index, n)
             noise = torch.randn(latents.shape, generator=generator).to(run.device)
             t = torch.tensor([level], dtype=torch.float32, device=run.device)
             prediction = run.denoiser.predict(
@@ -65,7 +57,7 @@ class Validator:
 
     def _levels(self, sampling: TimestepSampling, item: TrainingItem) -> list[float]:
         """Midpoints of equal shares of the run's own law of t."""
-        count = self._timesteps_per_item
+        count = self._told.timesteps_per_item
         u = (torch.arange(count, dtype=torch.float64) + 0.5) / count
         height, width = item.latents.shape[-2:]
         return sampling.distribution(height, width).from_uniform(u).tolist()

@@ -8,9 +8,9 @@ from ...engine.training.options import TrainingOptions
 from .. import sockets
 
 
-def chained(options: TrainingOptions | None, **part: Any) -> io.NodeOutput:
+def chained(options: TrainingOptions | None, **parts: Any) -> io.NodeOutput:
     """The options so far, if any, and one more."""
-    return io.NodeOutput((options or TrainingOptions()).adding(**part))
+    return io.NodeOutput((options or TrainingOptions()).adding(**parts))
 
 
 def options_input() -> io.Input:

@@ -103,5 +103,5 @@ class BraidTrainingPreview(io.ComfyNode):
             seed=seed,
             vae=vae,
         )
-        part = Preview(every_n_steps=sample_every_n_steps, sampling=sampling)
-        return chained(options, preview=part)
+        part = Preview(every_n_steps=sample_every_n_steps)
+        return chained(options, preview=part, preview_sampling=sampling)

@@ -7,11 +7,10 @@ import numpy as np
 from comfy_api.latest import io
 
 from ...engine.canvas import as_image
+from ...engine.comfyui.training.inputs import TrainingInputs, build_job, held_out_pairs
 from ...engine.comfyui.training.items import pair_items
-from ...engine.comfyui.training.run import LoraTraining, train_lora
-from ...engine.timesteps.sampling import TimestepSampling
+from ...engine.comfyui.training.run import train_lora
 from ...engine.training.figure import draw_loss_map
-from ...engine.training.optimizer import OptimizerSpec
 from ...engine.training.options import TrainingOptions
 from ...engine.training.plan import LOSS_TYPES, MIXED_PRECISIONS, TrainingPlan
 from .. import live, sockets
@@ -218,22 +217,23 @@ class BraidTrainLora(io.ComfyNode):
             guidance=guidance[0],
         )
         chosen = options[0] if options else TrainingOptions()
-        held_out = chosen.validation
-        trained = train_lora(
-            model[0],
-            LoraTraining(
-                plan=plan,
-                network=network[0],
-                timesteps=timesteps[0] if timesteps else TimestepSampling(),
-                optimizer=optimizer[0] if optimizer else OptimizerSpec(),
-                options=chosen,
-                pairs=pair_items(latents, positive),
-                held_out=pair_items(held_out.latents, held_out.conditioning) if held_out else (),
-                loras=loras_folder(),
-                spare_folders=spare_folders(),
-            ),
-            functools.partial(live.say, cls.hidden.unique_id),
+        inputs = TrainingInputs(
+            patcher=model[0],
+            pairs=pair_items(latents, positive),
+            held_out=held_out_pairs(chosen),
+            preview_sampling=chosen.preview_sampling,
+            loras=loras_folder(),
+            spare_folders=spare_folders(),
         )
+        job = build_job(
+            inputs,
+            plan,
+            network[0],
+            timesteps[0] if timesteps else None,
+            optimizer[0] if optimizer else None,
+            chosen,
+        )
+        trained = train_lora(job, inputs, functools.partial(live.say, cls.hidden.unique_id))
         picture = as_image(np.array(draw_loss_map(trained.loss_map)))
         return io.NodeOutput(
             trained.lora,

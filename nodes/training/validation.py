@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ...engine.training.options import Validation
+from ...engine.training.options import HeldOut, Validation
 from .. import sockets
 from .options import chained, options_input, options_output
 
@@ -59,10 +59,9 @@ class BraidValidation(io.ComfyNode):
         options: list | None = None,
     ) -> io.NodeOutput:
         part = Validation(
-            latents=tuple(latents),
-            conditioning=tuple(positive),
             every_n_steps=every_n_steps[0],
             timesteps_per_item=timesteps_per_item[0],
             seed=seed[0],
         )
-        return chained(options[0] if options else None, validation=part)
+        held_out = HeldOut(latents=tuple(latents), conditioning=tuple(positive))
+        return chained(options[0] if options else None, validation=part, held_out=held_out)

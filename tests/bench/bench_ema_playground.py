@@ -62,9 +62,10 @@ from comfyui_braid.engine.playground.glyphs import draw_dataset, pictures_of  # 
 from comfyui_braid.engine.playground.model import load_playground  # noqa: E402
 from comfyui_braid.engine.timesteps.stream import TimestepStream  # noqa: E402
 from comfyui_braid.engine.training.dataset import Dataset, TrainingItem  # noqa: E402
+from comfyui_braid.engine.training.identity import Identity  # noqa: E402
 from comfyui_braid.engine.training.loop import TrainingRun  # noqa: E402
 from comfyui_braid.engine.training.optimizer import Optimization, OptimizerSpec  # noqa: E402
-from comfyui_braid.engine.training.options import Checkpointing  # noqa: E402
+from comfyui_braid.engine.training.options import Checkpointing, Validation  # noqa: E402
 from comfyui_braid.engine.training.saving import Saver, saved  # noqa: E402
 from comfyui_braid.engine.training.validation import Validator  # noqa: E402
 
@@ -104,7 +105,7 @@ def train(model, folder: Path, plan):
         lambda path, extra: write_adapter(
             path, state_dict_of(network, ARCHITECTURE), metadata | dict(extra)
         ),
-        identity={},
+        identity=Identity(named={}),
     )
     tensors = encoded(weights_of(network), "comfyui", ARCHITECTURE)
     constants = {key: value for key, value in tensors.items() if key.endswith(".alpha")}
@@ -161,7 +162,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=2e-3)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    validator = Validator(items(40, seed=1000), every_n_steps=1, timesteps_per_item=8, seed=0)
+    validator = Validator(items(40, seed=1000), Validation(every_n_steps=1))
     started = time.perf_counter()
     runs = [measure(42 + seed, options, validator) for seed in range(options.seeds)]
     changes = {

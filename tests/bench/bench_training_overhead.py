@@ -39,6 +39,7 @@ from comfyui_braid.engine.timesteps.sampling import TimestepSampling  # noqa: E4
 from comfyui_braid.engine.timesteps.stream import TimestepStream  # noqa: E402
 from comfyui_braid.engine.training.dataset import Dataset, TrainingItem  # noqa: E402
 from comfyui_braid.engine.training.figure import draw_history  # noqa: E402
+from comfyui_braid.engine.training.identity import Identity  # noqa: E402
 from comfyui_braid.engine.training.logs import open_logs  # noqa: E402
 from comfyui_braid.engine.training.loop import TrainingRun  # noqa: E402
 from comfyui_braid.engine.training.optimizer import Optimization, OptimizerSpec  # noqa: E402
@@ -105,7 +106,7 @@ def main():
             "lora",
             Checkpointing(save_every_n_steps=SAVE_EVERY, save_state=True),
             lambda path, extra: write_safetensors(path, full.network.state_dict(), extra),
-            identity={},
+            identity=Identity(named={}),
         )
         with attached(bare_model, bare.network), attached(full_model, full.network):
             bare_steps, full_steps = bare.steps(), full.steps()

@@ -5,17 +5,11 @@ import dataclasses
 import pytest
 import torch
 from fp8_files import distance, reference, write_model
-from tiny_models import conditioning, latent
+from training_cases import trained_on
 
 from comfyui_braid.engine.comfyui.differentiable.frozen import frozen
 from comfyui_braid.engine.comfyui.fp8.loader import Fp8Request, load_fp8
-from comfyui_braid.engine.comfyui.training.items import pair_items
-from comfyui_braid.engine.comfyui.training.run import LoraTraining, train_lora
 from comfyui_braid.engine.fp8.policy import Fp8Policy
-from comfyui_braid.engine.network.spec import NetworkSpec
-from comfyui_braid.engine.timesteps.sampling import TimestepSampling
-from comfyui_braid.engine.training.optimizer import OptimizerSpec
-from comfyui_braid.engine.training.options import TrainingOptions
 from comfyui_braid.engine.training.plan import TrainingPlan
 
 PLAN = TrainingPlan(steps=8, batch_size=2, learning_rate=2e-3, seed=3, mixed_precision="bf16")
@@ -29,19 +23,8 @@ def load(path, granularity):
 
 
 def train(patcher, name, folder, checkpointing=False):
-    latents = [{"samples": latent(name, 1, seed=i)} for i in range(3)]
-    run = LoraTraining(
-        plan=dataclasses.replace(PLAN, gradient_checkpointing=checkpointing),
-        network=NetworkSpec(rank=4, alpha=4),
-        timesteps=TimestepSampling(mode="sigmoid"),
-        optimizer=OptimizerSpec(),
-        options=TrainingOptions(),
-        pairs=pair_items(latents, [conditioning(name, i) for i in range(3)]),
-        held_out=(),
-        loras=folder,
-    )
-    with torch.inference_mode():
-        return train_lora(patcher, run, lambda text: None)
+    plan = dataclasses.replace(PLAN, gradient_checkpointing=checkpointing)
+    return trained_on(patcher, name, folder, plan=plan)
 
 
 def weights(patcher):

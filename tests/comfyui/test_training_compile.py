@@ -9,13 +9,12 @@ import comfy.sd
 import pytest
 import torch
 from fp8_files import write_model
-from test_training_run import PLAN, run, silent, training
 from tiny_models import build, sampled
 from torch._inductor.compile_fx import compile_fx
+from training_cases import PLAN, run, trained_on
 
 from comfyui_braid.engine.comfyui.differentiable.compilation import compiled
 from comfyui_braid.engine.comfyui.fp8.loader import Fp8Request, load_fp8
-from comfyui_braid.engine.comfyui.training.run import train_lora
 from comfyui_braid.engine.fp8.policy import Fp8Policy
 from comfyui_braid.engine.network.spec import NetworkSpec, TargetPatterns
 from comfyui_braid.engine.training.options import Compilation, TrainingOptions
@@ -51,9 +50,7 @@ def test_a_compiled_run_has_the_losses_of_a_plain_one_and_leaves_the_model_alone
     weights = dict(patcher.model.named_parameters())
     limit = torch._dynamo.config.cache_size_limit
     with torch.inference_mode():
-        trained = train_lora(
-            patcher, training(name, tmp_path, plan=plan, options=options()), silent
-        )
+        trained = trained_on(patcher, name, tmp_path, plan=plan, options=options())
     assert trained.report["compiled"] == f"{BLOCKS[name]} blocks"
     assert trained.loss_map["loss"] == pytest.approx(plain.loss_map["loss"], rel=1e-5)
     assert torch.equal(sampled(patcher, name), before)
@@ -115,8 +112,9 @@ def test_on_an_fp8_base_a_run_finishes_with_the_losses_of_an_uncompiled_one(
     for options_ in (TrainingOptions(), options()):
         with torch.inference_mode():
             patcher = load_fp8(request).patcher
-            run_ = training("flux", tmp_path / "loras", plan=SHORT, options=options_)
-            trained.append(train_lora(patcher, run_, silent))
+            trained.append(
+                trained_on(patcher, "flux", tmp_path / "loras", plan=SHORT, options=options_)
+            )
     plain, compiled_ = trained
     assert compiled_.loss_map["loss"] == pytest.approx(plain.loss_map["loss"], rel=1e-4)
     assert compiled_.report["compiled"] == "6 blocks"
@@ -128,8 +126,7 @@ def test_a_model_with_a_lora_on_it_compiles_with_that_lora(tmp_path):
     for options_ in (TrainingOptions(), options()):
         with torch.inference_mode():
             patcher, _ = comfy.sd.load_lora_for_models(build("flux"), None, first.lora, 8.0, 0.0)
-            run_ = training("flux", tmp_path, plan=SHORT, options=options_)
-            trained = train_lora(patcher, run_, silent)
+            trained = trained_on(patcher, "flux", tmp_path, plan=SHORT, options=options_)
             losses.append(trained.loss_map["loss"])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     assert losses[0] != pytest.approx(first.loss_map["loss"], rel=1e-5)

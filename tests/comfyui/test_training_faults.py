@@ -12,15 +12,14 @@ import safetensors
 import safetensors.torch
 import torch
 from denoiser_cases import build_fp8
-from test_training_run import PLAN, run, same, silent, training
 from tiny_models import build, conditioning, latent
+from training_cases import PLAN, run, same, trained_on
 
 from comfyui_braid.engine import files
 from comfyui_braid.engine.comfyui.differentiable.denoiser import ComfyDenoiser
 from comfyui_braid.engine.comfyui.playground import load_playground_model
 from comfyui_braid.engine.comfyui.training import run as training_run
 from comfyui_braid.engine.comfyui.training.items import pair_items
-from comfyui_braid.engine.comfyui.training.run import train_lora
 from comfyui_braid.engine.network.spec import NetworkSpec
 from comfyui_braid.engine.playground.model import WEIGHTS
 from comfyui_braid.engine.timesteps.sampling import TimestepSampling
@@ -34,7 +33,7 @@ from comfyui_braid.engine.training.options import (
 
 SHORT = dataclasses.replace(PLAN, steps=3, batch_size=1)
 SAVING = TrainingOptions(checkpointing=Checkpointing(save_every_n_steps=1, save_state=True))
-VALIDATING = TrainingOptions(validation=Validation(latents=(), conditioning=(), every_n_steps=1))
+VALIDATING = TrainingOptions(validation=Validation(every_n_steps=1))
 RESUMING = TrainingOptions(checkpointing=Checkpointing(save_state=True, resume="latest"))
 
 
@@ -60,8 +59,8 @@ def test_a_finished_lora_that_cannot_be_saved_is_handed_to_the_graph_all_the_sam
     full_disk.append(True)
     said = []
     with torch.inference_mode():
-        trained = train_lora(
-            build("flux"), training("flux", tmp_path, plan=SHORT, options=SAVING), said.append
+        trained = trained_on(
+            build("flux"), "flux", tmp_path, plan=SHORT, options=SAVING, say=said.append
         )
     assert same(trained.lora, whole.lora)
     assert "No space left" in said[-1] and "Save LoRA" in said[-1]
@@ -87,9 +86,7 @@ def test_cancelling_on_a_full_disk_says_what_is_left_and_stays_a_cancel(
         torch.inference_mode(),
         pytest.raises(comfy.model_management.InterruptProcessingException),
     ):
-        train_lora(
-            build("flux"), training("flux", tmp_path, plan=SHORT, options=SAVING), said.append
-        )
+        trained_on(build("flux"), "flux", tmp_path, plan=SHORT, options=SAVING, say=said.append)
     assert "saving failed" in said[-1] and "No space left" in said[-1]
     for path in (tmp_path / "tiny").glob("*.safetensors"):
         assert safetensors.torch.load_file(path)
@@ -267,9 +264,9 @@ OF_MUSUBI = (
 
 def test_files_hold_every_field_that_musubi_writes_and_the_name_of_the_base_file(tmp_path):
     with torch.inference_mode():
-        plain = train_lora(build("flux"), training("flux", tmp_path, plan=SHORT), silent)
-        loaded = train_lora(load_playground_model(), training("flux", tmp_path, plan=SHORT), silent)
-        fp8 = train_lora(build_fp8("flux"), training("flux", tmp_path, plan=SHORT), silent)
+        plain = trained_on(build("flux"), "flux", tmp_path, plan=SHORT)
+        loaded = trained_on(load_playground_model(), "flux", tmp_path, plan=SHORT)
+        fp8 = trained_on(build_fp8("flux"), "flux", tmp_path, plan=SHORT)
     assert {f"ss_{name}" for name in OF_MUSUBI} <= set(plain.lora.metadata)
     assert plain.lora.metadata["ss_fp8_base"] == "False"
     assert fp8.lora.metadata["ss_fp8_base"] == "True"
@@ -280,5 +277,5 @@ def test_files_hold_every_field_that_musubi_writes_and_the_name_of_the_base_file
 
 def test_nothing_is_said_where_nothing_happened(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "comfyui_braid"), torch.inference_mode():
-        train_lora(build("flux"), training("flux", tmp_path, plan=SHORT), silent)
+        trained_on(build("flux"), "flux", tmp_path, plan=SHORT)
     assert caplog.text == ""

@@ -5,8 +5,8 @@ import types
 import psutil
 import pytest
 import torch
-from test_training_run import run
 from tiny_models import build
+from training_cases import run
 
 from comfyui_braid.engine.comfyui.differentiable.checkpointing import find_blocks
 from comfyui_braid.engine.comfyui.training.memory import GIB, MemoryEstimate, estimate_memory

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_training_run import PLAN, run, same
 from tiny_models import conditioning, latent
+from training_cases import PLAN, run, same
 
 from comfyui_braid.engine.comfyui.playground import latent_rgb_factors, load_playground_model
 from comfyui_braid.engine.comfyui.training import run as training_run
@@ -42,7 +42,7 @@ def sampling(name="flux", **changes):
 
 
 def options(**changes):
-    return TrainingOptions(preview=Preview(every_n_steps=2, sampling=sampling(**changes)))
+    return TrainingOptions(preview=Preview(every_n_steps=2), preview_sampling=sampling(**changes))
 
 
 class TinyVae:
@@ -84,7 +84,7 @@ def test_a_run_with_previews_is_bit_for_bit_the_run_without(checkpointing, optim
 
 def test_a_preview_shows_the_adapter_as_it_is_and_the_same_seed_the_same_noise(tmp_path):
     plan = dataclasses.replace(SHORT, steps=2, learning_rate=1e-9)
-    options_ = TrainingOptions(preview=Preview(every_n_steps=1, sampling=sampling()))
+    options_ = TrainingOptions(preview=Preview(every_n_steps=1), preview_sampling=sampling())
     run("flux", tmp_path, plan=plan, options=options_)
     still = [np.asarray(Image.open(p), int) for p in sorted(tmp_path.rglob("*.png"))]
     assert np.abs(still[0] - still[1]).max() <= 1

@@ -11,52 +11,14 @@ import safetensors
 import safetensors.torch
 import torch
 from tiny_models import ARCHITECTURES, build, conditioning, latent, sampled
+from training_cases import PLAN, run, same, trained_on
 
 from comfyui_braid.engine.comfyui.training import run as training_run
 from comfyui_braid.engine.comfyui.training.items import pair_items
-from comfyui_braid.engine.comfyui.training.run import LoraTraining, train_lora
 from comfyui_braid.engine.network.spec import NetworkSpec
-from comfyui_braid.engine.timesteps.sampling import TimestepSampling
 from comfyui_braid.engine.training.optimizer import OptimizerSpec
 from comfyui_braid.engine.training.options import Checkpointing, TrainingOptions, Validation
-from comfyui_braid.engine.training.plan import TrainingPlan
 from comfyui_braid.engine.training.validation import Validator
-
-PLAN = TrainingPlan(
-    steps=4, batch_size=2, learning_rate=1e-2, seed=3, mixed_precision="no", output_name="tiny"
-)
-
-
-def training(name, folder, plan=PLAN, options=None, **changes):
-    latents = [{"samples": latent(name, 1, seed=i)} for i in range(3)]
-    positive = [conditioning(name, i) for i in range(3)]
-    return LoraTraining(
-        **{
-            "plan": plan,
-            "network": NetworkSpec(rank=4, alpha=4),
-            "timesteps": TimestepSampling(mode="sigmoid"),
-            "optimizer": OptimizerSpec(),
-            "options": options or TrainingOptions(),
-            "pairs": pair_items(latents, positive),
-            "held_out": (),
-            "loras": folder,
-            **changes,
-        }
-    )
-
-
-def silent(text):
-    pass
-
-
-def run(name, folder, dtype=torch.float32, **kwargs):
-    """As the executor calls it: inside inference mode, on a MODEL built inside it."""
-    with torch.inference_mode():
-        return train_lora(build(name, dtype), training(name, folder, **kwargs), silent)
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
@@ -67,7 +29,7 @@ def test_a_run_trains_saves_and_leaves_the_model_as_it_was(name, dtype, checkpoi
     patcher = build(name, dtype)
     before = sampled(patcher, name)
     with torch.inference_mode():
-        trained = train_lora(patcher, training(name, tmp_path, plan=plan), silent)
+        trained = trained_on(patcher, name, tmp_path, plan=plan)
     assert torch.equal(sampled(patcher, name), before)
     assert len(trained.loss_map["loss"]) == PLAN.steps
     up = [value for key, value in trained.lora.items() if "lora_B" in key or "lora_up" in key]
@@ -95,7 +57,6 @@ def test_cancel_saves_adapter_and_state_and_the_resumed_run_equals_the_whole_one
     whole = run("flux", tmp_path / "whole", plan=plan, options=options)
     said = []
     patcher = build("flux")
-    part = training("flux", tmp_path / "part", plan=plan, options=options)
     original = training_run.saved
 
     def cancelled_after_three_steps(steps, *rest):
@@ -109,7 +70,7 @@ def test_cancel_saves_adapter_and_state_and_the_resumed_run_equals_the_whole_one
         torch.inference_mode(),
         pytest.raises(comfy.model_management.InterruptProcessingException),
     ):
-        train_lora(patcher, part, said.append)
+        trained_on(patcher, "flux", tmp_path / "part", plan=plan, options=options, say=said.append)
     monkeypatch.undo()
     assert "saved" in said[-1]
     resume = TrainingOptions(
@@ -128,7 +89,7 @@ def test_a_run_cancelled_while_it_measures_held_out_loss_goes_on_as_if_it_had_no
     held_out = pair_items([{"samples": latent("flux", 1, seed=9)}], [conditioning("flux", 9)])
     options = TrainingOptions(
         checkpointing=Checkpointing(resume="latest"),
-        validation=Validation(latents=(), conditioning=(), every_n_steps=2, timesteps_per_item=2),
+        validation=Validation(every_n_steps=2, timesteps_per_item=2),
     )
     whole = run("flux", tmp_path / "whole", options=options, held_out=held_out)
     measure = Validator.measure
@@ -152,7 +113,7 @@ def test_held_out_loss_is_measured_and_marks_the_best_checkpoint(tmp_path):
     held_out = pair_items([{"samples": latent("flux", 1, seed=9)}], [conditioning("flux", 9)])
     options = TrainingOptions(
         checkpointing=Checkpointing(save_every_n_steps=1, save_last_n=1),
-        validation=Validation(latents=(), conditioning=(), every_n_steps=1, timesteps_per_item=2),
+        validation=Validation(every_n_steps=1, timesteps_per_item=2),
     )
     trained = run("flux", tmp_path, options=options, held_out=held_out)
     losses = trained.loss_map["validation_loss"]

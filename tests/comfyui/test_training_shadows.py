@@ -6,12 +6,11 @@ import comfy.model_management
 import pytest
 import safetensors.torch
 import torch
-from test_training_run import PLAN, run, same, silent, training
 from tiny_models import build
+from training_cases import PLAN, run, same, trained_on
 
 from comfyui_braid.engine.checkpoints import SHADOWS_SUFFIX
 from comfyui_braid.engine.comfyui.training import run as training_run
-from comfyui_braid.engine.comfyui.training.run import train_lora
 from comfyui_braid.engine.ema.profile import gamma_from_sigma_rel, power_beta
 from comfyui_braid.engine.ema.shadows import plan_reconstruction, read_shadows_info, reconstructed
 from comfyui_braid.engine.training.optimizer import OptimizerSpec
@@ -84,8 +83,7 @@ def test_shadows_of_a_run_that_was_cancelled_and_resumed_equal_those_of_the_whol
         torch.inference_mode(),
         pytest.raises(comfy.model_management.InterruptProcessingException),
     ):
-        part = training("flux", tmp_path / "part", plan=LONG, options=few)
-        train_lora(build("flux"), part, silent)
+        trained_on(build("flux"), "flux", tmp_path / "part", plan=LONG, options=few)
     monkeypatch.undo()
     going_on = options(save_every_n_steps=0, resume="latest")
     resumed = run("flux", tmp_path / "part", plan=LONG, options=going_on)

@@ -17,7 +17,7 @@ from comfyui_braid.engine.network.spec import NetworkSpec
 from comfyui_braid.engine.training.history import LossHistory, StepRecord
 from comfyui_braid.engine.training.logs import TrainingLogs, open_logs, step_scalars
 from comfyui_braid.engine.training.optimizer import OptimizerSpec
-from comfyui_braid.engine.training.options import TrainingLog
+from comfyui_braid.engine.training.options import TrainingLog, Validation
 from comfyui_braid.engine.training.validation import Validator, validated
 
 GOLDENS = Path(__file__).resolve().parent.parent / "goldens"
@@ -36,7 +36,7 @@ def logged_run(folder, plan, log_with="tensorboard", **changes):
         wandb_run_name="first",
     )
     logs = open_logs(log, {"plan": {"steps": plan.steps}, "optimizer": "AdamW"}, run)
-    validator = Validator(run.dataset.items[:1], every_n_steps=3, timesteps_per_item=2, seed=0)
+    validator = Validator(run.dataset.items[:1], Validation(every_n_steps=3, timesteps_per_item=2))
     with attached(model, run.network):
         for step in validated(run.steps(), run, validator):
             logs.record()
@@ -163,7 +163,7 @@ class Told:
 def test_a_validation_made_up_for_after_a_resume_is_logged_before_later_steps():
     """W&B drops whatever comes after a later step."""
     run, model = make_run(dataclasses.replace(PLAN, steps=4))
-    validator = Validator(run.dataset.items[:1], every_n_steps=2, timesteps_per_item=1, seed=0)
+    validator = Validator(run.dataset.items[:1], Validation(every_n_steps=2, timesteps_per_item=1))
     with attached(model, run.network):
         for step in run.steps():
             if step.step == 2:

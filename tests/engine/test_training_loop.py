@@ -19,6 +19,7 @@ from comfyui_braid.engine.network.attach import attached
 from comfyui_braid.engine.network.spec import NetworkSpec
 from comfyui_braid.engine.timesteps.sampling import TimestepSampling
 from comfyui_braid.engine.training.dataset import Dataset, TrainingItem
+from comfyui_braid.engine.training.identity import Identity
 from comfyui_braid.engine.training.loop import TrainingDiverged
 from comfyui_braid.engine.training.optimizer import OPTIMIZERS, OptimizerSpec
 from comfyui_braid.engine.training.saving import find_state, resumed
@@ -293,10 +294,11 @@ from comfyui_braid.engine.training.saving import Saver, saved
 from comfyui_braid.engine.network.attach import attached
 import dataclasses, safetensors.torch
 from comfyui_braid.engine.files import write_safetensors
+from comfyui_braid.engine.training.identity import Identity
 run, model = t.make_run(dataclasses.replace(t.PLAN, steps=10**6))
 write = lambda path, metadata: write_safetensors(path, run.network.state_dict(), metadata)
 often = Checkpointing(save_every_n_steps=2, save_last_n=3, save_state=True)
-saver = Saver(pathlib.Path({folder!r}), "lora", often, write, {{"seed": 7}})
+saver = Saver(pathlib.Path({folder!r}), "lora", often, write, Identity(named={{"seed": 7}}))
 with attached(model, run.network):
     for step in saved(run.steps(), run, saver):
         print(step.step, flush=True)
@@ -321,6 +323,6 @@ def test_a_killed_process_leaves_only_whole_files_and_can_be_resumed(tmp_path):
         assert safetensors.torch.load_file(path)
     state = find_state(tmp_path, "lora", "latest")
     run, _ = make_run(dataclasses.replace(PLAN, steps=10**6))
-    resumed(run, state, {"seed": 7})
+    resumed(run, state, Identity(named={"seed": 7}))
     assert run.step >= 8 and run.step % 2 == 0
     assert len(run.history.records) == run.step

@@ -19,12 +19,12 @@ from comfyui_braid.engine.files import write_safetensors
 from comfyui_braid.engine.network.attach import attached
 from comfyui_braid.engine.network.spec import NetworkSpec
 from comfyui_braid.engine.training.history import ValidationRecord
+from comfyui_braid.engine.training.identity import Identity, fingerprint
 from comfyui_braid.engine.training.optimizer import OptimizerSpec
 from comfyui_braid.engine.training.options import Checkpointing
 from comfyui_braid.engine.training.saving import (
     Saver,
     find_state,
-    fingerprint,
     free_folder,
     resumed,
     run_folder,
@@ -33,6 +33,7 @@ from comfyui_braid.engine.training.saving import (
 from comfyui_braid.engine.training.state import read_state, write_state
 from comfyui_braid.engine.writing import NotWrittenError
 
+OURS, ANY = Identity(named={"seed": 7}), Identity(named={})
 EVERY_STEP = Checkpointing(save_every_n_steps=1, save_state=True)
 
 
@@ -40,7 +41,7 @@ def saver_of(run, folder, checkpointing=EVERY_STEP, identity=None, name="lora"):
     def write(path, metadata):
         write_safetensors(path, run.network.state_dict(), metadata)
 
-    return Saver(folder, name, checkpointing, write, identity or {"seed": 7})
+    return Saver(folder, name, checkpointing, write, identity or OURS)
 
 
 def names(folder):
@@ -201,8 +202,8 @@ def test_a_damaged_state_is_refused_by_name_and_the_earlier_one_still_resumes(ho
     damaged(latest, how)
     run, _ = make_run()
     with pytest.raises(ValueError, match="lora-step00000003.state: .*(damaged|not a|cut short)"):
-        resumed(run, latest, {"seed": 7})
-    resumed(run, find_state(tmp_path, "lora", "lora/lora-step00000002.state"), {"seed": 7})
+        resumed(run, latest, OURS)
+    resumed(run, find_state(tmp_path, "lora", "lora/lora-step00000002.state"), OURS)
     assert run.step == 2
 
 
@@ -210,7 +211,7 @@ def test_a_state_of_another_network_is_refused_even_where_its_settings_were_equa
     run_and_save(tmp_path / "lora")
     other, _ = make_run(spec=NetworkSpec(rank=8, alpha=4))
     with pytest.raises(ValueError, match="lora-step00000003.state does not fit this run"):
-        resumed(other, find_state(tmp_path, "lora", "latest"), {"seed": 7})
+        resumed(other, find_state(tmp_path, "lora", "latest"), OURS)
 
 
 def test_a_state_of_another_optimizer_is_refused_even_where_its_settings_were_equal(tmp_path):
@@ -218,20 +219,20 @@ def test_a_state_of_another_optimizer_is_refused_even_where_its_settings_were_eq
     spec = NetworkSpec(rank=4, alpha=4, neuron_dropout=0.1, loraplus_lr_ratio=4)
     other, _ = make_run(spec=spec, optimizer=OptimizerSpec())
     with pytest.raises(ValueError, match="does not fit this run|different number of parameter"):
-        resumed(other, find_state(tmp_path, "lora", "latest"), {"seed": 7})
+        resumed(other, find_state(tmp_path, "lora", "latest"), OURS)
 
 
 def test_a_difference_is_named_with_both_values(tmp_path):
     run_and_save(tmp_path / "lora")
     with pytest.raises(ValueError, match="seed 7, this run has 8"):
-        resumed(make_run()[0], find_state(tmp_path, "lora", "latest"), {"seed": 8})
+        resumed(make_run()[0], find_state(tmp_path, "lora", "latest"), Identity(named={"seed": 8}))
 
 
 def test_a_run_that_is_done_says_how_to_train_on(tmp_path):
     run_and_save(tmp_path / "lora")
     run, _ = make_run(dataclasses.replace(PLAN, steps=3))
     with pytest.raises(ValueError, match="already at step 3 of 3; raise steps"):
-        resumed(run, find_state(tmp_path, "lora", "latest"), {"seed": 7})
+        resumed(run, find_state(tmp_path, "lora", "latest"), OURS)
 
 
 def test_a_run_that_was_stopped_between_its_last_step_and_its_final_file_can_be_ended(tmp_path):
@@ -241,14 +242,16 @@ def test_a_run_that_was_stopped_between_its_last_step_and_its_final_file_can_be_
     whole = safetensors.torch.load_file(saver.final)
     saver.final.unlink()
     run, model = make_run(dataclasses.replace(PLAN, steps=3))
-    resumed(run, find_state(tmp_path, "lora", "latest"), {"seed": 7})
+    resumed(run, find_state(tmp_path, "lora", "latest"), OURS)
     with attached(model, run.network):
         assert list(run.steps()) == []
     final = saver_of(run, folder).save_final(run)
     assert_equal_states(safetensors.torch.load_file(final), whole)
     # nor does the finished file of a shorter run count
     (folder / "lora-step00000002.safetensors").replace(final)
-    resumed(make_run(dataclasses.replace(PLAN, steps=3))[0], folder / "lora-step00000003.state", {})
+    resumed(
+        make_run(dataclasses.replace(PLAN, steps=3))[0], folder / "lora-step00000003.state", ANY
+    )
 
 
 def test_resume_latest_without_a_state_starts_afresh_and_a_missing_file_is_named(tmp_path):
@@ -286,7 +289,7 @@ def test_a_resume_takes_up_the_checkpoints_and_clears_what_a_killed_process_left
     leftover = folder / f".lora-step00000004.safetensors.{'0a' * 16}.partial"
     leftover.write_bytes(b"half")
     run, _ = make_run()
-    resumed(run, folder / "lora-step00000002.state", {"seed": 7})
+    resumed(run, folder / "lora-step00000002.state", OURS)
     saver = saver_of(run, folder)
     saver.continued(run)
     assert [file.step for file in saver.checkpoints().files] == [1, 2]

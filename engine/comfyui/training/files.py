@@ -2,24 +2,23 @@
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from ...checkpoints import SHADOWS_SUFFIX, AdapterStateDict, Checkpoints
 from ...ema.shadows import SIGMA_RELS, Shadows
+from ...network.architectures import Architecture
 from ...network.attach import Network
 from ...network.checkpoint import state_dict_of, weights_of, write_adapter
 from ...network.keys import encoded
 from ...network.metadata import adapter_metadata
-from ...network.targets import TargetReport
 from ...training.loop import TrainingRun, TrainingStep
 from ...training.room import refuse_without_room, room_needed, tight
 from ...training.saving import Saver, free_folder, resumed
 from ...writing import NotWrittenError, replaced_when_whole
-from . import records
-from .records import LoraTraining
+from .records import Resolved, musubi_fields, timestep_range
 
 
 class RunFiles:
@@ -27,30 +26,32 @@ class RunFiles:
 
     def __init__(
         self,
-        training: LoraTraining,
+        resolved: Resolved,
         run: TrainingRun,
-        targets: TargetReport,
-        folder: Path,
-        report: dict[str, Any],
+        spare_folders: Sequence[Path],
         warn: Callable[[str], None],
     ) -> None:
-        """report: the resolved configuration; where the adapter went is added to it. warn: says
-        what went wrong without ending the run."""
-        self._training = training
+        """spare_folders: where a LoRA goes that finds no room in its own. warn: says what went
+        wrong without ending the run."""
+        self._resolved = resolved
+        self._job = resolved.job
         self._run = run
-        self._architecture = targets.architecture
-        self._report = report
+        self._spare_folders = spare_folders
         self._warn = warn
+        self.finished: Path | None = None
+        """The finished adapter, once there is one."""
         self._started = datetime.now()
         self._shadows = (
-            _build_shadows(run.network, targets) if training.checkpointing.ema_shadows else None
+            _build_shadows(run.network, resolved.architecture)
+            if self._job.checkpointing.ema_shadows
+            else None
         )
         self.saver = Saver(
-            folder,
-            training.name,
-            training.checkpointing,
+            resolved.folder,
+            self._job.name,
+            self._job.checkpointing,
             self._write,
-            records.identity(training, run, targets),
+            resolved.identity,
             self._extra_state,
         )
 
@@ -61,11 +62,11 @@ class RunFiles:
             self._shadows.load_state_dict(rest["shadows"])
         self.saver.continued(self._run)
 
-    def warn_if_tight(self, parameters: int) -> None:
-        """Say so where the files still to come will not all fit; `parameters` of the adapter."""
+    def warn_if_tight(self) -> None:
+        """Say so where the files still to come will not all fit."""
         remaining = self._run.plan.steps - self._run.step
         shadows = len(SIGMA_RELS)
-        needed = room_needed(parameters, self._training.checkpointing, remaining, shadows)
+        needed = room_needed(self._resolved.parameters, self._job.checkpointing, remaining, shadows)
         if text := tight(needed, self.saver.folder):
             self._warn(text)
 
@@ -112,11 +113,9 @@ class RunFiles:
         with run.optimization.averaged():
             lora = self._build(saver.metadata(run))
         try:
-            self._report["file"] = str(saver.save_final(run, self._warn))
+            self.finished = saver.save_final(run, self._warn)
         except NotWrittenError as error:
-            spare = self._saved_elsewhere()
-            if spare:
-                self._report["file"] = str(spare)
+            spare = self.finished = self._saved_elsewhere()
             self._warn(
                 f"the finished LoRA could not be saved in its folder ({error}). "
                 + (f"It is in {spare}, and" if spare else "It is")
@@ -126,9 +125,9 @@ class RunFiles:
 
     def _saved_elsewhere(self) -> Path | None:
         """The adapter as it is in the first spare folder that takes it; None where none does."""
-        for folder in self._training.spare_folders:
+        for folder in self._spare_folders:
             with contextlib.suppress(NotWrittenError):
-                path = free_folder(folder, self._training.name) / self.saver.final.name
+                path = free_folder(folder, self._job.name) / self.saver.final.name
                 with self._run.optimization.averaged():
                     self._write(path, self.saver.metadata(self._run))
                 return path
@@ -143,7 +142,7 @@ class RunFiles:
             self._shadows.catch_up(self._run.step)
         built = self._build({"ss_steps": str(self._run.step)})
         constants = {key: tensor for key, tensor in built.items() if key.endswith(".alpha")}
-        path = self.saver.folder / f"{self._training.name}{SHADOWS_SUFFIX}"
+        path = self.saver.folder / f"{self._job.name}{SHADOWS_SUFFIX}"
         try:
             self._shadows.write(path, constants, built.metadata)
         except NotWrittenError as error:
@@ -164,24 +163,24 @@ class RunFiles:
 
     def _build(self, extra: Mapping[str, str]) -> AdapterStateDict:
         """A copy of the network as it is, as a LORA_MODEL with the metadata of its file."""
-        training = self._training
+        job, architecture = self._job, self._resolved.architecture
         metadata = adapter_metadata(
-            training.network,
-            self._architecture,
-            title=training.name,
+            job.network,
+            architecture,
+            title=job.name,
             created=datetime.now(),
-            training=records.musubi_fields(training, self._run, self._started),
-            timestep_range=records.timestep_range(training.timesteps),
+            training=musubi_fields(self._resolved, self._started),
+            timestep_range=timestep_range(job.timesteps),
         )
-        metadata["braid_config"] = json.dumps(records.public(self._report))
-        state = state_dict_of(self._run.network, self._architecture)
+        metadata["braid_config"] = json.dumps(self._resolved.record())
+        state = state_dict_of(self._run.network, architecture)
         copied = {key: tensor.detach().to("cpu", copy=True) for key, tensor in state.items()}
         return AdapterStateDict(copied, {**metadata, **extra})
 
 
-def _build_shadows(network: Network, targets: TargetReport) -> Shadows:
+def _build_shadows(network: Network, architecture: Architecture) -> Shadows:
     """EMA shadows of the trained tensors, which they watch, under the keys of the adapter file."""
-    live = encoded(weights_of(network), "comfyui", targets.architecture)
+    live = encoded(weights_of(network), "comfyui", architecture)
     return Shadows({key: tensor for key, tensor in live.items() if not key.endswith(".alpha")})
 
 

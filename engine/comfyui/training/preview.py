@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 
 from ...training.loop import TrainingRun, TrainingStep
-from ...training.options import Preview
 from ...writing import NotWrittenError, replaced_when_whole
 from ..differentiable.denoiser import ComfyDenoiser
 
@@ -43,12 +42,17 @@ class Previewer:
     """Samples the model as it is, shows the picture, saves it, gives everything back."""
 
     def __init__(
-        self, preview: Preview, denoiser: ComfyDenoiser, default_positive: list, folder: Path
+        self,
+        every_n_steps: int,
+        sampling: PreviewSampling,
+        denoiser: ComfyDenoiser,
+        default_positive: list,
+        folder: Path,
     ) -> None:
-        self.every_n_steps = preview.every_n_steps
+        self.every_n_steps = every_n_steps
         self.last: np.ndarray | None = None
         """(H, W, 3) in [0, 1]."""
-        self._sampling: PreviewSampling = preview.sampling
+        self._sampling = sampling
         self._patcher = denoiser.patcher
         self._default_positive = default_positive
         self._denoiser = denoiser

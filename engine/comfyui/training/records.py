@@ -1,67 +1,122 @@
-"""LoraTraining: what one run is told, and what its files and reports say about it."""
+"""What is known of a run before its first step, and what came of it after the last."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ...network.spec import NetworkSpec
-from ...network.targets import TargetReport
+from ...checkpoints import AdapterStateDict, Checkpoints
+from ...network.architectures import Architecture
 from ...timesteps.sampling import TimestepSampling
-from ...training.loop import TrainingRun
-from ...training.optimizer import OptimizerSpec
-from ...training.options import Checkpointing, TrainingOptions
-from ...training.plan import TrainingPlan
-from ...training.saving import fingerprint
-from ..model import file_name_of, has_fp8_weights
-from .items import Pair
+from ...training.identity import Identity, Layers, identity
+from ...training.job import TrainingJob
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LoraTraining:
-    """Everything that one run needs to know."""
+class Resolved:
+    """A job as the run will do it, with nothing left to be decided."""
 
-    plan: TrainingPlan
-    network: NetworkSpec
-    timesteps: TimestepSampling
-    optimizer: OptimizerSpec
-    options: TrainingOptions
-    pairs: Sequence[Pair]
-    """The training items."""
-    held_out: Sequence[Pair]
-    """The items of `options.validation`."""
-    loras: Path
-    """The folder under which the run's own folder is made."""
-    spare_folders: Sequence[Path] = ()
-    """Where a LoRA goes that finds no room there, in order of preference."""
+    job: TrainingJob
+    architecture: Architecture
+    """The table row whose defaults and key names hold."""
+    layers: Layers
+    """The adapted layers."""
+    parameters: int
+    """Trainable numbers."""
+    warnings: tuple[str, ...]
+    """One sentence for each setting that does nothing."""
+    optimizer: str
+    """The built optimizer and its arguments, as musubi-tuner writes them."""
+    batches_per_epoch: int
+    steps_per_epoch: int
+    has_fp8_weights: bool
+    memory: str
+    """The estimate, in words."""
+    folder: Path
+    """Where the run saves."""
 
     @property
-    def checkpointing(self) -> Checkpointing:
-        return self.options.checkpointing or Checkpointing()
+    def identity(self) -> Identity:
+        """What a state must share with this run to be resumed by it."""
+        return identity(self.job, self.optimizer, self.layers)
+
+    def record(self) -> dict[str, Any]:
+        """The configuration without paths of this machine; plain JSON, for files and logs."""
+        job = self.job
+        return {
+            "plan": asdict(job.plan),
+            "network": asdict(job.network),
+            "timesteps": asdict(job.timesteps),
+            "optimizer": self.optimizer,
+            "lr_scheduler": job.optimizer.lr_scheduler,
+            "lr_scheduler_args": dict(job.optimizer.lr_scheduler_args),
+            "lr_warmup_steps": job.optimizer.warmup_steps(job.plan.steps),
+            "architecture": self.architecture.title,
+            "modules": len(self.layers),
+            "parameters": self.parameters,
+            "warnings": list(self.warnings),
+            "items": job.data.items,
+            "data": job.data.fingerprint,
+            "memory": self.memory,
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """What a run hands to the graph."""
+
+    resolved: Resolved
+    lora: AdapterStateDict
+    """A LORA_MODEL: tensors under ComfyUI's keys, with the file's metadata."""
+    loss_map: Mapping[str, Any]
+    checkpoints: Checkpoints
+    file: Path | None
+    """The finished adapter; None where nothing took it."""
+    warnings: tuple[str, ...]
+    """What went wrong on the way without ending the run."""
+    steps_done: int
+    seconds_per_step: float
+    """NaN where no step was made."""
+    first_step_seconds: float
+    compiled: str
 
     @property
-    def name(self) -> str:
-        """Of the adapter file, without folders and ending."""
-        return Path(self.plan.output_name).name
+    def report(self) -> dict[str, Any]:
+        """The resolved configuration and what came of it; plain JSON."""
+        record = self.resolved.record()
+        return {
+            **record,
+            "warnings": [*record["warnings"], *self.warnings],
+            "folder": str(self.resolved.folder),
+            **({"file": str(self.file)} if self.file else {}),
+            "steps_done": self.steps_done,
+            "seconds_per_step": _seconds(self.seconds_per_step),
+            "first_step_seconds": _seconds(self.first_step_seconds),
+            "compiled": self.compiled,
+        }
 
 
-def musubi_fields(training: LoraTraining, run: TrainingRun, started: datetime) -> dict[str, object]:
+def _seconds(seconds: float) -> float | None:
+    return None if math.isnan(seconds) else round(seconds, 4)
+
+
+def musubi_fields(resolved: Resolved, started: datetime) -> dict[str, object]:
     """The `ss_` fields of a run under musubi-tuner's names, and those it forgets."""
-    plan, sampling, optimizer = training.plan, training.timesteps, training.optimizer
-    patcher = run.denoiser.patcher
-    base = file_name_of(patcher)
+    job = resolved.job
+    plan, sampling, optimizer, base = job.plan, job.timesteps, job.optimizer, job.model.file
     return ({"sd_model_name": base} if base else {}) | {
         "session_id": int(started.timestamp() * 1e6) % 2**32,  # tells runs of one name apart
-        "fp8_base": has_fp8_weights(patcher),
+        "fp8_base": resolved.has_fp8_weights,
         "full_fp16": False,  # the adapter itself is always float32
         "full_bf16": False,
         "training_comment": None,
-        "output_name": training.name,
+        "output_name": job.name,
         "learning_rate": plan.learning_rate,
-        "num_train_items": len(run.dataset),
-        "num_batches_per_epoch": run.batches_per_epoch,
-        "num_epochs": -(-plan.steps // run.steps_per_epoch),
+        "num_train_items": job.data.items,
+        "num_batches_per_epoch": resolved.batches_per_epoch,
+        "num_epochs": -(-plan.steps // resolved.steps_per_epoch),
         "gradient_checkpointing": plan.gradient_checkpointing,
         "gradient_checkpointing_cpu_offload": False,
         "gradient_accumulation_steps": plan.gradient_accumulation_steps,
@@ -70,7 +125,7 @@ def musubi_fields(training: LoraTraining, run: TrainingRun, started: datetime) -
         "lr_scheduler": optimizer.lr_scheduler,
         "mixed_precision": plan.mixed_precision,
         "seed": plan.seed,
-        "optimizer": run.optimization.description,
+        "optimizer": resolved.optimizer,
         "max_grad_norm": plan.max_grad_norm,
         "scale_weight_norms": plan.scale_weight_norms or None,
         "guidance_scale": plan.guidance,
@@ -96,64 +151,3 @@ def timestep_range(sampling: TimestepSampling) -> tuple[int, int] | None:
     """modelspec.timestep_range, where it is not everything."""
     limits = (sampling.min_timestep, sampling.max_timestep)
     return None if limits == (0, 1000) else limits
-
-
-def resolved(
-    training: LoraTraining, run: TrainingRun, targets: TargetReport, folder: Path, memory: str
-) -> dict[str, Any]:
-    """The resolved configuration; plain JSON."""
-    optimizer = training.optimizer
-    return {
-        "plan": asdict(training.plan),
-        "network": asdict(training.network),
-        "timesteps": asdict(training.timesteps),
-        "optimizer": run.optimization.description,
-        "lr_scheduler": optimizer.lr_scheduler,
-        "lr_scheduler_args": dict(optimizer.lr_scheduler_args),
-        "lr_warmup_steps": optimizer.warmup_steps(training.plan.steps),
-        "architecture": targets.architecture.title,
-        "modules": len(targets.selected),
-        "parameters": targets.parameters,
-        "warnings": list(targets.warnings),
-        "items": len(training.pairs),
-        "data": fingerprint(training.pairs),
-        "memory": memory,
-        "folder": str(folder),
-    }
-
-
-def public(report: Mapping[str, Any]) -> dict[str, Any]:
-    """The report without paths of this machine."""
-    return {key: value for key, value in report.items() if key not in ("folder", "file")}
-
-
-def identity(training: LoraTraining, run: TrainingRun, targets: TargetReport) -> dict[str, Any]:
-    """What must be the same for a resumed run to be the same run."""
-    plan = training.plan
-    layers = [(target.name, repr(target.shape)) for target in targets.selected]
-    return {
-        "network": repr(training.network),
-        "architecture": targets.architecture.title,
-        "adapted layers": f"{len(layers)} ({fingerprint(layers)})",
-        "data": fingerprint(training.pairs),
-        "timesteps": repr(training.timesteps),
-        "optimizer": run.optimization.description,
-        "lr_scheduler": training.optimizer.lr_scheduler,
-        "lr_warmup_steps": training.optimizer.lr_warmup_steps,
-        "lr_scheduler_args": repr(dict(training.optimizer.lr_scheduler_args)),
-        "ema_shadows": training.checkpointing.ema_shadows,
-        **{
-            name: getattr(plan, name)
-            for name in (
-                "seed",
-                "batch_size",
-                "gradient_accumulation_steps",
-                "learning_rate",
-                "mixed_precision",
-                "loss_type",
-                "max_grad_norm",
-                "scale_weight_norms",
-                "guidance",
-            )
-        },
-    }

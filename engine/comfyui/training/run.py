@@ -1,22 +1,20 @@
 """One LoRA training run inside the host, from sockets' contents to a saved adapter."""
 
 import logging
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ...checkpoints import AdapterStateDict, Checkpoints
 from ...ema.shadows import SIGMA_RELS
 from ...network.attach import Network, attached, build_network, parameter_groups
 from ...network.targets import TargetReport, select_targets
 from ...timesteps.sampling import TimestepSampling
 from ...timesteps.stream import TimestepStream
 from ...training.dataset import Dataset, TrainingItem
+from ...training.job import TrainingJob
 from ...training.logs import TrainingLogs, open_logs
 from ...training.loop import TrainingRun, TrainingStep
 from ...training.optimizer import Optimization
@@ -24,33 +22,21 @@ from ...training.saving import find_state, run_folder, saved
 from ...training.validation import Validator, validated
 from ..differentiable.compilation import Compiled, compiled, compiled_steps
 from ..differentiable.denoiser import ComfyDenoiser, training_session
-from ..model import architecture_of, diffusion_model_of
+from ..model import architecture_of, diffusion_model_of, has_fp8_weights
 from ..progress import reported
-from . import records
 from .files import RunFiles, check_writable
+from .inputs import TrainingInputs
 from .items import Pair
 from .live_picture import LivePicture
 from .memory import MemoryEstimate, estimate_memory, refuse_if_too_large
 from .preview import Previewer, previewed
-from .records import LoraTraining
+from .records import Outcome, Resolved
 
 logger = logging.getLogger("comfyui_braid.training")
 
 MOST_WARNINGS = 50
 """In a report; on a full disk every checkpoint gives one."""
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainedLora:
-    """What a finished run hands to the graph."""
-
-    lora: AdapterStateDict
-    """A LORA_MODEL: tensors under ComfyUI's keys, with the file's metadata."""
-    loss_map: dict[str, Any]
-    checkpoints: Checkpoints
-    report: dict[str, Any]
-    """The resolved configuration and what came of it; JSON."""
 
 
 class RunWarnings:
@@ -67,88 +53,85 @@ class RunWarnings:
             self.texts.append(text)
 
 
-def train_lora(
-    patcher: ModelPatcher, training: LoraTraining, say: Callable[[str], None]
-) -> TrainedLora:
+def train_lora(job: TrainingJob, inputs: TrainingInputs, say: Callable[[str], None]) -> Outcome:
     """Train; whatever ends the run early, what was learned is saved first.
 
     `say` shows one line of text at the node.
     """
-    plan, warn = training.plan, RunWarnings(say)
-    targets = select_targets(
-        diffusion_model_of(patcher), training.network, architecture_of(patcher)
-    )
+    patcher, warn = inputs.patcher, RunWarnings(say)
+    targets = select_targets(diffusion_model_of(patcher), job.network, architecture_of(patcher))
     for warning in targets.warnings:
         logger.warning(warning)
-    estimate = _estimate(patcher, training, targets)
+    estimate = _estimate(job, inputs, targets)
     refuse_if_too_large(estimate)
-    state_file = find_state(training.loras, plan.output_name, training.checkpointing.resume)
-    folder = run_folder(training.loras, plan.output_name, state_file)
+    state_file = find_state(inputs.loras, job.plan.output_name, job.checkpointing.resume)
+    folder = run_folder(inputs.loras, job.plan.output_name, state_file)
     check_writable(folder, targets.parameters)
     with ExitStack() as stack:
-        denoiser, compilation = _open_session(stack, patcher, training)
-        items = _prepare(denoiser, training.pairs, training.timesteps)
-        held_out = _prepare(denoiser, training.held_out, training.timesteps)
+        denoiser, compilation = _open_session(stack, job, inputs)
+        items = _prepare(denoiser, inputs.pairs, job.timesteps)
+        held_out = _prepare(denoiser, inputs.held_out, job.timesteps)
         network = build_network(
-            targets.selected, training.network, plan.seed, _compute_dtype(patcher, training)
+            targets.selected, job.network, job.plan.seed, _compute_dtype(job, patcher)
         ).to(denoiser.device)
         stack.enter_context(attached(denoiser.diffusion_model, network))
-        run = _build_run(training, denoiser, network, items)
-        report = records.resolved(training, run, targets, folder, estimate.text)
-        files = RunFiles(training, run, targets, folder, report, warn)
+        run = _build_run(job, denoiser, network, items)
+        resolved = _resolved(job, patcher, targets, run, estimate, folder)
+        files = RunFiles(resolved, run, inputs.spare_folders, warn)
         if state_file:
             files.resume(state_file)
             say(f"resumed at step {run.step} from {state_file.name}")
-        files.warn_if_tight(targets.parameters)
+        files.warn_if_tight()
+        previewer = _build_previewer(job, inputs, denoiser, folder)
         steps = files.shadowed(compiled_steps(run, compilation))
-        steps = _with_options(steps, run, training, held_out, files, stack, report, warn)
+        if job.validation:
+            steps = validated(steps, run, Validator(held_out, job.validation))
+        steps = saved(steps, run, files.saver, warn)
+        if previewer:
+            steps = previewed(steps, run, previewer)
+        if job.log:
+            steps = _logged(steps, open_logs(job.log, resolved.record(), run, warn), previewer)
+        remaining = job.plan.steps - run.step
+        steps = reported(steps, remaining, picture=LivePicture(run, previewer))
         _train(steps, run, files, say)
         lora, shadows = files.save_finished(), files.save_shadows()
-    report |= {
-        "steps_done": run.step,
-        "seconds_per_step": _seconds(run.seconds_per_step),
-        "first_step_seconds": _seconds(run.first_step_seconds),
-        "compiled": compilation.state,
-        "warnings": [*report["warnings"], *warn.texts],
-    }
-    return TrainedLora(
+    return Outcome(
+        resolved=resolved,
         lora=lora,
         loss_map=run.history.loss_map(),
         checkpoints=files.checkpoints(shadows),
-        report=report,
+        file=files.finished,
+        warnings=tuple(warn.texts),
+        steps_done=run.step,
+        seconds_per_step=run.seconds_per_step,
+        first_step_seconds=run.first_step_seconds,
+        compiled=compilation.state,
     )
-
-
-def _seconds(seconds: float) -> float | None:
-    """For the report; None where no step was made."""
-    return None if math.isnan(seconds) else round(seconds, 4)
 
 
 def _open_session(
-    stack: ExitStack, patcher: ModelPatcher, training: LoraTraining
+    stack: ExitStack, job: TrainingJob, inputs: TrainingInputs
 ) -> tuple[ComfyDenoiser, Compiled]:
     """The MODEL, loaded and differentiable until `stack` is closed."""
-    plan = training.plan
+    plan, patcher = job.plan, inputs.patcher
     # before the session, so that it is the blocks that are compiled, not their checkpointing
-    compilation = stack.enter_context(
-        compiled(diffusion_model_of(patcher), training.options.compilation)
-    )
+    compilation = stack.enter_context(compiled(diffusion_model_of(patcher), job.compilation))
     denoiser = stack.enter_context(
         training_session(
             patcher,
-            compute_dtype=_compute_dtype(patcher, training),
+            compute_dtype=_compute_dtype(job, patcher),
             gradient_checkpointing=plan.gradient_checkpointing,
             guidance=plan.guidance,
             offload=plan.blocks_to_swap > 0,
-            latents_shape=_largest_batch(training),
+            latents_shape=(plan.batch_size, *inputs.largest_latents),
         )
     )
     stack.enter_context(compilation.savable_weights(denoiser.diffusion_model))
     return denoiser, compilation
 
 
-def _compute_dtype(patcher: ModelPatcher, training: LoraTraining) -> torch.dtype:
-    chosen = COMPUTE_DTYPES.get(training.plan.mixed_precision)
+def _compute_dtype(job: TrainingJob, patcher: ModelPatcher) -> torch.dtype:
+    chosen = COMPUTE_DTYPES.get(job.plan.mixed_precision)
     return chosen or patcher.model.get_dtype_inference()
 
 
@@ -168,60 +151,66 @@ def _train(
         raise
 
 
-def _with_options(
-    steps: Iterator[TrainingStep],
-    run: TrainingRun,
-    training: LoraTraining,
-    held_out: Sequence[TrainingItem],
-    files: RunFiles,
-    stack: ExitStack,
-    report: Mapping[str, Any],
-    warn: Callable[[str], None],
-) -> Iterator[TrainingStep]:
-    """The steps with validation, saving, previews, logs and progress around them."""
-    options, previewer = training.options, None
-    if options.validation:
-        steps = validated(steps, run, _build_validator(training, held_out))
-    steps = saved(steps, run, files.saver, warn)
-    if options.preview:
-        folder, positive = files.saver.folder, training.pairs[0][1]
-        previewer = Previewer(options.preview, run.denoiser, positive, folder)
-        steps = previewed(steps, run, previewer)
-    if options.log:
-        logs = open_logs(options.log, records.public(report), run, warn)
-        stack.callback(logs.close)
-        steps = _logged(steps, logs, previewer)
-    remaining = run.plan.steps - run.step
-    return reported(steps, remaining, picture=LivePicture(run, previewer))
+def _build_previewer(
+    job: TrainingJob, inputs: TrainingInputs, denoiser: ComfyDenoiser, folder: Path
+) -> Previewer | None:
+    if not (job.preview and inputs.preview_sampling):
+        return None
+    positive = inputs.pairs[0][1]
+    return Previewer(job.preview.every_n_steps, inputs.preview_sampling, denoiser, positive, folder)
 
 
 def _logged(
     steps: Iterator[TrainingStep], logs: TrainingLogs, previewer: Previewer | None
 ) -> Iterator[TrainingStep]:
+    """The steps; each is logged, and every new preview. The logs are closed at the end."""
     shown = None
-    for step in steps:
-        logs.record()
-        if previewer and previewer.last is not shown:
-            shown = previewer.last
-            logs.record_image("sample", shown, step.step)
-        yield step
+    try:
+        for step in steps:
+            logs.record()
+            if previewer and previewer.last is not shown:
+                shown = previewer.last
+                logs.record_image("sample", shown, step.step)
+            yield step
+    finally:
+        logs.close()
 
 
 def _build_run(
-    training: LoraTraining,
-    denoiser: ComfyDenoiser,
-    network: Network,
-    items: Sequence[TrainingItem],
+    job: TrainingJob, denoiser: ComfyDenoiser, network: Network, items: Sequence[TrainingItem]
 ) -> TrainingRun:
-    groups = parameter_groups(network, training.plan.learning_rate)
+    groups = parameter_groups(network, job.plan.learning_rate)
     return TrainingRun(
-        plan=training.plan,
+        plan=job.plan,
         dataset=Dataset(items),
         denoiser=denoiser,
         network=network,
-        timesteps=TimestepStream(training.timesteps, len(items), training.plan.seed),
-        optimization=Optimization(training.optimizer, groups, training.plan.steps),
+        timesteps=TimestepStream(job.timesteps, len(items), job.plan.seed),
+        optimization=Optimization(job.optimizer, groups, job.plan.steps),
         device=denoiser.device,
+    )
+
+
+def _resolved(
+    job: TrainingJob,
+    patcher: ModelPatcher,
+    targets: TargetReport,
+    run: TrainingRun,
+    estimate: MemoryEstimate,
+    folder: Path,
+) -> Resolved:
+    return Resolved(
+        job=job,
+        architecture=targets.architecture,
+        layers=[(target.name, target.shape) for target in targets.selected],
+        parameters=targets.parameters,
+        warnings=targets.warnings,
+        optimizer=run.optimization.description,
+        batches_per_epoch=run.batches_per_epoch,
+        steps_per_epoch=run.steps_per_epoch,
+        has_fp8_weights=has_fp8_weights(patcher),
+        memory=estimate.text,
+        folder=folder,
     )
 
 
@@ -244,29 +233,12 @@ def _prepare(
     ]
 
 
-def _build_validator(training: LoraTraining, held_out: Sequence[TrainingItem]) -> Validator:
-    validation = training.options.validation
-    return Validator(
-        held_out,
-        every_n_steps=validation.every_n_steps,
-        timesteps_per_item=validation.timesteps_per_item,
-        seed=validation.seed,
-    )
-
-
-def _estimate(
-    patcher: ModelPatcher, training: LoraTraining, targets: TargetReport
-) -> MemoryEstimate:
+def _estimate(job: TrainingJob, inputs: TrainingInputs, targets: TargetReport) -> MemoryEstimate:
     return estimate_memory(
-        patcher,
+        inputs.patcher,
         parameters=targets.parameters,
-        shadows=len(SIGMA_RELS) if training.checkpointing.ema_shadows else 0,
-        batch_shape=_largest_batch(training),
-        gradient_checkpointing=training.plan.gradient_checkpointing,
-        offload=training.plan.blocks_to_swap > 0,
+        shadows=len(SIGMA_RELS) if job.checkpointing.ema_shadows else 0,
+        batch_shape=(job.plan.batch_size, *inputs.largest_latents),
+        gradient_checkpointing=job.plan.gradient_checkpointing,
+        offload=job.plan.blocks_to_swap > 0,
     )
-
-
-def _largest_batch(training: LoraTraining) -> tuple[int, ...]:
-    largest = max((samples for samples, _ in training.pairs), key=lambda samples: samples.numel())
-    return (training.plan.batch_size, *largest.shape[1:])
