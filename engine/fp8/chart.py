@@ -45,7 +45,7 @@ def error_chart(report: Fp8Report) -> np.ndarray:
 
 
 def _draw_layers(axes: Axes, report: Fp8Report) -> None:
-    percent = np.array([100 * layer.relative_rms for layer in report.measured])
+    percent = np.array([100 * layer.error for layer in report.measured])
     position = {layer.name: index for index, layer in enumerate(report.measured)}
     worse = [position[layer.name] for layer in report.worth_exempting()]
     limit = WORTH_EXEMPTING * float(np.median(percent))

@@ -26,6 +26,12 @@ class LayerReport:
     """‖weight - dequantised‖ / ‖weight‖; None where it was kept or the original is not known."""
 
     @property
+    def error(self) -> float:
+        """`relative_rms` of a layer whose original is known."""
+        assert self.relative_rms is not None, self.name
+        return self.relative_rms
+
+    @property
     def decibel(self) -> float | None:
         """Signal-to-quantisation-noise ratio in dB."""
         return -20 * math.log10(self.relative_rms) if self.relative_rms else None
@@ -66,14 +72,14 @@ class Fp8Report:
         """The layers that lost clearly more than the median one, worst first."""
         if not self.measured:
             return ()
-        median = statistics.median(layer.relative_rms for layer in self.measured)
-        worse = [la for la in self.measured if la.relative_rms > WORTH_EXEMPTING * median]
-        return tuple(sorted(worse, key=lambda layer: -layer.relative_rms))
+        median = statistics.median(layer.error for layer in self.measured)
+        worse = [la for la in self.measured if la.error > WORTH_EXEMPTING * median]
+        return tuple(sorted(worse, key=lambda layer: -layer.error))
 
     def to_json(self) -> dict[str, object]:
         """The whole report as plain values for JSON."""
         quantized = [layer for layer in self.layers if layer.quantized]
-        errors = [layer.relative_rms for layer in self.measured]
+        errors = [layer.error for layer in self.measured]
         return {
             "notes": list(self.notes),
             "quantized_layers": len(quantized),
@@ -86,7 +92,7 @@ class Fp8Report:
             "worth_exempting": [
                 {
                     "layer": layer.name,
-                    "relative_rms_percent": round(100 * layer.relative_rms, 4),
+                    "relative_rms_percent": round(100 * layer.error, 4),
                     "costs_megabytes": round(
                         (layer.bytes_before - layer.bytes_after) / MEGABYTE, 3
                     ),

@@ -13,7 +13,8 @@ is rounded once, to the base's dtype.
 """
 
 import math
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +53,11 @@ class Adapter(nn.Module):
         for name, tensor in parameters.items():
             self.register_parameter(name, nn.Parameter(tensor))
 
+    @staticmethod
+    def parameter_shapes(shape: LayerShape, rank: int) -> dict[str, tuple[int, ...]]:
+        """The shape of every parameter by its name."""
+        raise NotImplementedError
+
     @property
     def scale(self) -> float:
         return self.alpha / self.rank
@@ -64,12 +70,11 @@ class Adapter(nn.Module):
         """The change as a weight, of the layer's weight shape, scaled, without dropout."""
         raise NotImplementedError
 
-    def add_to(self, output: Tensor, x: Tensor, strength: float = 1.0) -> Tensor:
-        """`output` + strength · delta(x), in the dtype of `output`; `output` is left as it is."""
+    def add_to(self, output: Tensor, x: Tensor) -> Tensor:
+        """`output` + delta(x), in the dtype of `output`; `output` is left as it is."""
         if self._skips_this_call():
             return output
-        delta = self.delta(x)
-        return (output + (delta if strength == 1.0 else delta * strength)).to(output.dtype)
+        return (output + self.delta(x)).to(output.dtype)
 
     def _skips_this_call(self) -> bool:
         """Module dropout: one draw a call, on the CPU, so that nothing waits for a device."""
@@ -78,7 +83,7 @@ class Adapter(nn.Module):
         return bool(torch.rand(1) < self.module_dropout)
 
     def _cast(self, name: str) -> Tensor:
-        parameter = self._parameters[name]
+        parameter = self.get_parameter(name)
         return parameter if self.compute_dtype is None else parameter.to(self.compute_dtype)
 
     def _input(self, x: Tensor) -> Tensor:
@@ -127,6 +132,8 @@ class LoRA(Adapter):
     """Two thin layers: down to `rank`, up again. For a convolution, down has its kernel."""
 
     KEYS = {"down": "lora_down.weight", "up": "lora_up.weight"}
+    down: nn.Parameter
+    up: nn.Parameter
 
     @staticmethod
     def parameter_shapes(shape: LayerShape, rank: int) -> dict[str, tuple[int, ...]]:
@@ -144,18 +151,16 @@ class LoRA(Adapter):
     def delta(self, x: Tensor) -> Tensor:
         return self._pointwise(self._hidden(x), self._cast("up")) * self._scale_in_use
 
-    def add_to(self, output: Tensor, x: Tensor, strength: float = 1.0) -> Tensor:
+    def add_to(self, output: Tensor, x: Tensor) -> Tensor:
         if self.shape.kernel or output.dtype != self._arithmetic_dtype or not output.numel():
-            return super().add_to(output, x, strength)
+            return super().add_to(output, x)
         if self._skips_this_call():
             return output
         # One kernel for scale, matmul and sum: no temporary of the output's size.
         hidden = self._hidden(x).reshape(-1, self.rank)
         base = output.reshape(-1, self.shape.out_features)
         up = self._cast("up")
-        return torch.addmm(base, hidden, up.t(), alpha=self._scale_in_use * strength).view_as(
-            output
-        )
+        return torch.addmm(base, hidden, up.t(), alpha=self._scale_in_use).view_as(output)
 
     def delta_weight(self) -> Tensor:
         flat = self.up.flatten(1) @ self.down.flatten(1)
@@ -191,6 +196,10 @@ class LoHa(Adapter):
     """The Hadamard product of two low-rank matrices: rank up to rank² for the size of two LoRAs."""
 
     KEYS = {name: f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b")}
+    w1_a: nn.Parameter
+    w1_b: nn.Parameter
+    w2_a: nn.Parameter
+    w2_b: nn.Parameter
 
     @staticmethod
     def parameter_shapes(shape: LayerShape, rank: int) -> dict[str, tuple[int, ...]]:
@@ -232,8 +241,12 @@ class LoKr(Adapter):
     """The Kronecker product of a small matrix and a large one, low-rank where that is smaller."""
 
     KEYS = {name: f"lokr_{name}" for name in ("w1", "w2", "w2_a", "w2_b")}
+    w1: nn.Parameter
+    w2: nn.Parameter  # of a full LoKr alone; the others have its two factors
+    w2_a: nn.Parameter
+    w2_b: nn.Parameter
 
-    def __init__(self, *args, **settings) -> None:
+    def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
         if self._is_full:
             self.alpha = float(self.rank)  # so that every reader of its file finds a scale of 1
@@ -282,9 +295,9 @@ class LoKr(Adapter):
         return self._dropped_rows(torch.matmul(w1 * self.scale, hidden).flatten(-2))
 
     def delta_weight(self) -> Tensor:
-        return self._dense(self._parameters.__getitem__) * self.scale
+        return self._dense(self.get_parameter) * self.scale
 
-    def _dense(self, get) -> Tensor:
+    def _dense(self, get: Callable[[str], Tensor]) -> Tensor:
         w2 = get("w2") if self._is_full else get("w2_a") @ get("w2_b")
         return torch.kron(get("w1"), w2).reshape(self._weight_shape)
 

@@ -17,6 +17,7 @@ Where the defaults differ from musubi-tuner's, on purpose:
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import EllipsisType
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -156,19 +157,19 @@ _KREA_2 = tuple(
         (r"last\.linear", "final_layer.linear"),
     )
 )
-_FLUX_2_COMMON = dict(
+_FLUX_2_COMMON: dict[str, Any] = dict(
     layers=_STREAM_BLOCKS,  # the modulation of FLUX.2 is shared and lies outside the blocks
     implementation="https://github.com/black-forest-labs/flux2",
     diffusers_prefix="transformer.",
     diffusers=_FLUX_2,
 )
-_HUNYUAN_COMMON = dict(
+_HUNYUAN_COMMON: dict[str, Any] = dict(
     layers=_STREAM_BLOCKS,
     exclude=_STREAM_MODULATION,
     diffusers_prefix="transformer.",
     diffusers=_HUNYUAN,
 )
-_LUMINA_COMMON = dict(
+_LUMINA_COMMON: dict[str, Any] = dict(
     layers=_LUMINA_BLOCK + ".*",
     exclude=(r".*adaLN_modulation.*", r".*_refiner.*"),
 )

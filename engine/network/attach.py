@@ -6,9 +6,10 @@ with anything that wraps the layer. Leaving the context removes the hooks and no
 touched; networks may be attached on top of each other.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -40,11 +41,15 @@ class Network(nn.Module):
 
     def items(self) -> Iterator[tuple[str, Adapter]]:
         """(dotted layer name, adapter), in the model's order."""
-        return zip(self.layer_names, self.adapters.values(), strict=True)
+        return zip(self.layer_names, self.in_order(), strict=True)
+
+    def in_order(self) -> list[Adapter]:
+        """Every adapter, in the model's order."""
+        return cast(list[Adapter], list(self.adapters.values()))
 
     def set_compute_dtype(self, dtype: torch.dtype | None) -> None:
         """The dtype in which deltas are computed; None: that of the parameters."""
-        for adapter in self.adapters.values():
+        for adapter in self.in_order():
             adapter.compute_dtype = dtype
 
 
@@ -84,8 +89,8 @@ def build_adapter(shape: LayerShape, spec: NetworkSpec) -> Adapter:
 
 
 @contextmanager
-def attached(model: nn.Module, network: Network, strength: float = 1.0) -> Iterator[None]:
-    """Inside, the layers of `model` (the diffusion model) return base + strength · delta.
+def attached(model: nn.Module, network: Network) -> Iterator[None]:
+    """Inside, the layers of `model` (the diffusion model) return base + delta.
 
     The model is left exactly as it was on every way out. ValueError when it lacks a layer.
     """
@@ -99,16 +104,16 @@ def attached(model: nn.Module, network: Network, strength: float = 1.0) -> Itera
     handles: list[RemovableHandle] = []
     try:
         for name, adapter in network.items():
-            handles.append(layers[name].register_forward_hook(_adding(adapter, strength)))
+            handles.append(layers[name].register_forward_hook(_adding(adapter)))
         yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _adding(adapter: Adapter, strength: float):
+def _adding(adapter: Adapter) -> Callable[..., Tensor]:
     def add(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return adapter.add_to(output, inputs[0], strength)
+        return adapter.add_to(output, inputs[0])
 
     return add
 
@@ -119,16 +124,16 @@ def parameter_groups(network: Network, learning_rate: float) -> list[dict[str, o
     LoRA+, arXiv 2402.12354: up learns `loraplus_lr_ratio` times faster. Names as musubi logs them.
     """
     ratio = network.spec.loraplus_lr_ratio
-    up = [a.up for a in network.adapters.values() if isinstance(a, LoRA)]
-    if ratio is None or not up:
+    loras = [adapter for adapter in network.in_order() if isinstance(adapter, LoRA)]
+    if ratio is None or not loras:
         return [{"params": list(network.parameters()), "lr": learning_rate, "name": "unet"}]
     return [
         {
-            "params": [a.down for a in network.adapters.values()],
+            "params": [lora.down for lora in loras],
             "lr": learning_rate,
             "name": "unet",
         },
-        {"params": up, "lr": learning_rate * ratio, "name": "unet plus"},
+        {"params": [lora.up for lora in loras], "lr": learning_rate * ratio, "name": "unet plus"},
     ]
 
 
@@ -150,13 +155,13 @@ def scale_weight_norms(network: Network, limit: float) -> WeightNorms:
     square root of limit / n.
     """
     check_weight_norms(network, limit)
-    adapters = list(network.adapters.values())
-    norms = torch.stack([_frobenius_norm(adapter) for adapter in adapters])
+    loras = [adapter for adapter in network.in_order() if isinstance(adapter, LoRA)]
+    norms = torch.stack([_frobenius_norm(lora) for lora in loras])
     clamped = norms.clamp(min=limit / 2)  # a fresh network does not divide by zero
     ratio = clamped.clamp(max=limit) / clamped
-    for adapter, factor in zip(adapters, ratio.sqrt().unbind(), strict=True):
-        adapter.down.mul_(factor)
-        adapter.up.mul_(factor)
+    for lora, factor in zip(loras, ratio.sqrt().unbind(), strict=True):
+        lora.down.mul_(factor)
+        lora.up.mul_(factor)
     return WeightNorms(scaled=(ratio != 1).sum(), norms=norms * ratio)
 
 

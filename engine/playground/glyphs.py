@@ -89,12 +89,12 @@ def random_glyph(generator: np.random.Generator, letter: str, style: str = "plai
 def render(glyph: Glyph) -> np.ndarray:
     """The picture of a glyph, float32 (32, 32, 3) in [0, 1], on 8-bit levels."""
     fill = coverage(glyph)
-    ink = np.broadcast_to(np.float32(COLOURS[glyph.colour]), (SIZE, SIZE, 3))
+    ink = np.broadcast_to(_rgb(COLOURS[glyph.colour]), (SIZE, SIZE, 3))
     if glyph.style == "checkered":
-        ink = np.where(checkerboard()[..., None] > 0, ink, np.float32(BACKGROUND))
-    picture = np.broadcast_to(np.float32(BACKGROUND), (SIZE, SIZE, 3))
+        ink = np.where(checkerboard()[..., None] > 0, ink, _rgb(BACKGROUND))
+    picture = np.broadcast_to(_rgb(BACKGROUND), (SIZE, SIZE, 3))
     if glyph.style == "outlined":
-        picture = _blend(picture, np.float32(OUTLINE_COLOUR), coverage(glyph, OUTLINE_PIXELS))
+        picture = _blend(picture, _rgb(OUTLINE_COLOUR), coverage(glyph, OUTLINE_PIXELS))
     picture = _blend(picture, ink, fill)
     return (np.round(picture * 255) / 255).astype(np.float32)
 
@@ -114,7 +114,10 @@ def coverage(glyph: Glyph, stroke: float = 0.0) -> np.ndarray:
     if glyph.style == "slanted":
         shift = SLANT * glyph.centre[1] * scale  # the centre stays where it is
         canvas = canvas.transform(
-            canvas.size, Image.Transform.AFFINE, (1, SLANT, -shift, 0, 1, 0), Image.BILINEAR
+            canvas.size,
+            Image.Transform.AFFINE,
+            (1, SLANT, -shift, 0, 1, 0),
+            Image.Resampling.BILINEAR,
         )
     pixels = np.asarray(canvas, dtype=np.float32) / 255
     return pixels.reshape(SIZE, scale, SIZE, scale).mean(axis=(1, 3))
@@ -124,6 +127,10 @@ def checkerboard() -> np.ndarray:
     """+1 and -1 in squares of `CHECKER_PIXELS`, float32 (32, 32), fixed to the picture's corner."""
     row = np.arange(SIZE) // CHECKER_PIXELS
     return np.where((row[:, None] + row[None, :]) % 2 == 0, 1.0, -1.0).astype(np.float32)
+
+
+def _rgb(colour: tuple[float, float, float]) -> np.ndarray:
+    return np.asarray(colour, dtype=np.float32)
 
 
 def _blend(below: np.ndarray, colour: np.ndarray, alpha: np.ndarray) -> np.ndarray:
@@ -209,7 +216,7 @@ def _templates() -> tuple[list[str], np.ndarray]:
 
 def _ink(picture: np.ndarray) -> np.ndarray:
     """How far each pixel is from the background, float32 (32, 32) in [0, 1]."""
-    return np.abs(picture - np.float32(BACKGROUND)).max(axis=-1).clip(0, 1)
+    return np.abs(picture - _rgb(BACKGROUND)).max(axis=-1).clip(0, 1)
 
 
 def style_score(style: str, picture: np.ndarray, letter: str) -> float:

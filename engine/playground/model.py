@@ -9,6 +9,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -81,10 +82,12 @@ class DoubleBlock(nn.Module):
 
     def __init__(self, shape: FluxShape):
         super().__init__()
-        for stream in ("img", "txt"):
-            setattr(self, f"{stream}_mod", Modulation(shape.hidden_size, 6))
-            setattr(self, f"{stream}_attn", SelfAttention(shape))
-            setattr(self, f"{stream}_mlp", mlp(shape))
+        self.img_mod = Modulation(shape.hidden_size, 6)
+        self.img_attn = SelfAttention(shape)
+        self.img_mlp = mlp(shape)
+        self.txt_mod = Modulation(shape.hidden_size, 6)
+        self.txt_attn = SelfAttention(shape)
+        self.txt_mlp = mlp(shape)
 
     def forward(
         self, image: Tensor, text: Tensor, vector: Tensor, rotation: Tensor
@@ -120,7 +123,8 @@ class SingleBlock(nn.Module):
         joint = self.linear1(modulated(tokens, shift, scale))
         qkv, hidden = joint[..., : 3 * self.width], joint[..., 3 * self.width :]
         q, k, v = split_heads(qkv, self.num_heads)
-        mixed = attention(*self.norm(q, k), v, rotation)
+        q, k = self.norm(q, k)
+        mixed = attention(q, k, v, rotation)
         hidden = F.gelu(hidden, approximate="tanh")
         return tokens + gate * self.linear2(torch.cat([mixed, hidden], dim=-1))
 
@@ -196,7 +200,8 @@ def modulated(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    return rearrange(qkv, "b l (k h d) -> k b h l d", k=3, h=heads).unbind(0)
+    q, k, v = rearrange(qkv, "b l (k h d) -> k b h l d", k=3, h=heads).unbind(0)
+    return q, k, v
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, rotation: Tensor) -> Tensor:
@@ -247,7 +252,7 @@ def load_playground(path: Path = WEIGHTS) -> Flux:
     return model.eval().requires_grad_(False)
 
 
-def read_record(path: Path = WEIGHTS) -> dict:
+def read_record(path: Path = WEIGHTS) -> dict[str, Any]:
     """How the weights were made: steps, data, loss, versions."""
     with safetensors.safe_open(path, "pt") as file:
         return json.loads(file.metadata()["record"])
