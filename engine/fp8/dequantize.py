@@ -30,7 +30,7 @@ def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     if torch.compiler.is_compiling():
         return _traced(codes, scale, dtype)
     weight = torch.empty(codes.shape, dtype=dtype, device=codes.device)
-    chunks = list(row_chunks(*codes.shape, codes.device))
+    chunks = list(row_chunks(codes.shape[0], codes.shape[1], codes.device))
     buffers = _decoding_buffers(codes[chunks[0]]) if chunks and _has_pairs(codes) else None
     for rows in chunks:
         part = codes[rows]

@@ -122,7 +122,7 @@ def tensor_scale(weight: Tensor, policy: Fp8Policy, device: torch.device) -> Ten
     weights by the scale cast to the compute dtype; an unrounded one would be off by up to 0.4 %.
     Raises FloatingPointError when a value is NaN or Inf.
     """
-    chunks = list(row_chunks(*weight.shape, device))
+    chunks = list(row_chunks(weight.shape[0], weight.shape[1], device))
 
     def rows(chunk: slice) -> Tensor:
         return weight[chunk].to(device).to(torch.float32)

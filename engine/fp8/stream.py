@@ -49,7 +49,7 @@ def quantize_weight(weight: Tensor, policy: Fp8Policy, device: torch.device) -> 
     codes = torch.empty(weight.shape, dtype=policy.dtype)
     scales = [tensor_scale(weight, policy, device)] if group_size is None else []
     error = power = 0.0
-    for index, rows in enumerate(row_chunks(*weight.shape, device)):
+    for index, rows in enumerate(row_chunks(weight.shape[0], weight.shape[1], device)):
         values = weight[rows].to(device)
         if group_size is None:
             scale = scales[0]

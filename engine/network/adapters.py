@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .layers import LayerShape
+from .spec import Kind
 
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -83,8 +84,12 @@ class Adapter(nn.Module):
         return bool(torch.rand(1) < self.module_dropout)
 
     def _cast(self, name: str) -> Tensor:
-        parameter = self.get_parameter(name)
+        parameter = self._parameter(name)
         return parameter if self.compute_dtype is None else parameter.to(self.compute_dtype)
+
+    def _parameter(self, name: str) -> Tensor:
+        tensor: Tensor = getattr(self, name)
+        return tensor
 
     def _input(self, x: Tensor) -> Tensor:
         """`x` in the dtype of the adapter's arithmetic."""
@@ -295,14 +300,14 @@ class LoKr(Adapter):
         return self._dropped_rows(torch.matmul(w1 * self.scale, hidden).flatten(-2))
 
     def delta_weight(self) -> Tensor:
-        return self._dense(self.get_parameter) * self.scale
+        return self._dense(self._parameter) * self.scale
 
     def _dense(self, get: Callable[[str], Tensor]) -> Tensor:
         w2 = get("w2") if self._is_full else get("w2_a") @ get("w2_b")
         return torch.kron(get("w1"), w2).reshape(self._weight_shape)
 
 
-ADAPTERS: dict[str, type[Adapter]] = {"lora": LoRA, "loha": LoHa, "lokr": LoKr}
+ADAPTERS: dict[Kind, type[Adapter]] = {"lora": LoRA, "loha": LoHa, "lokr": LoKr}
 
 
 def factorization(dimension: int, factor: int = -1) -> tuple[int, int]:

@@ -42,7 +42,7 @@ _PREFIXES = (
 )
 # Suffix → (kind, parameter). PEFT's A is down, its B is up.
 _SUFFIXES: dict[str, tuple[Kind, str]] = {
-    f".{suffix}": (kind, name)  # type: ignore[misc]
+    f".{suffix}": (kind, name)
     for kind, adapter in ADAPTERS.items()
     for name, suffix in adapter.KEYS.items()
 } | {

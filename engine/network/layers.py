@@ -8,6 +8,7 @@ quantised Linear is a plain module that only looks like one.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 from torch import nn
 
@@ -47,8 +48,9 @@ class LayerShape:
 
 def shape_of(module: nn.Module) -> LayerShape | None:
     """The shape of a Linear or convolution, None for any other module."""
-    if _is_linear(module):
-        return LayerShape(in_features=module.in_features, out_features=module.out_features)
+    if is_linear(module):
+        linear = cast(nn.Linear, module)
+        return LayerShape(in_features=linear.in_features, out_features=linear.out_features)
     if isinstance(module, _CONVOLUTIONS):
         return LayerShape(
             in_features=module.in_channels,
@@ -63,11 +65,10 @@ def shape_of(module: nn.Module) -> LayerShape | None:
     return None
 
 
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or (
-        type(module).__name__ == "Linear"
-        and hasattr(module, "in_features")
-        and hasattr(module, "out_features")
+def is_linear(module: nn.Module) -> bool:
+    """Whether `module` is a linear layer; those that ComfyUI quantises are no `nn.Linear`."""
+    return any(kind.__name__ == "Linear" for kind in type(module).__mro__) and (
+        hasattr(module, "in_features") and hasattr(module, "out_features")
     )
 
 

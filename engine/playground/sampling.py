@@ -1,6 +1,6 @@
 """Euler sampling of the playground model in plain torch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ def sample(
     return process_out(x)
 
 
-def embed_letters(letters) -> tuple[Tensor, Tensor]:
+def embed_letters(letters: Iterable[str]) -> tuple[Tensor, Tensor]:
     """Context (B, 4, 64) and pooled (B, 32) of the captions of `letters`."""
     context, pooled = zip(*(embed_caption(caption_of(letter)) for letter in letters), strict=True)
     return torch.cat(context), torch.cat(pooled)

@@ -49,7 +49,10 @@ class TrainingLogs:
     def record(self) -> None:
         """Log every record and validation that came since the last call, in order of steps."""
         history = self._run.history
-        new = [*history.records[self._logged :], *history.validations[self._validated :]]
+        new: list[StepRecord | ValidationRecord] = [
+            *history.records[self._logged :],
+            *history.validations[self._validated :],
+        ]
         self._validated = len(history.validations)
         for record in sorted(new, key=lambda record: record.step):
             if isinstance(record, ValidationRecord):
@@ -141,9 +144,9 @@ def open_logs(
     be uploaded: it must hold no path and no secret.
     """
     folder = log.logging_dir / f"{log.log_prefix}{time.strftime('%Y%m%d%H%M%S')}"
-    openers = {"tensorboard": _TensorBoard, "wandb": _WandB}
+    openers: dict[str, Callable[..., Tracker]] = {"tensorboard": _TensorBoard, "wandb": _WandB}
     wanted = openers if log.log_with == "all" else {log.log_with: openers[log.log_with]}
-    trackers = []
+    trackers: list[Tracker] = []
     for name, open_ in wanted.items():
         try:
             trackers.append(open_(log, folder, config))

@@ -287,4 +287,5 @@ def _drop_if_not_finite(parameters: list[nn.Parameter], norm: Tensor) -> None:
     """Without a host sync: gradients of a step whose norm is not finite become zero."""
     finite = torch.isfinite(norm)
     for parameter in parameters:
-        parameter.grad.masked_fill_(~finite, 0.0)
+        if parameter.grad is not None:
+            parameter.grad.masked_fill_(~finite, 0.0)

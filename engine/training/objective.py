@@ -1,6 +1,6 @@
 """What the network learns: noised latents, the model's own target, the loss of each sample."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch.nn.functional as F
@@ -26,8 +26,14 @@ class Denoiser(Protocol):
         ...
 
 
+ELEMENTWISE: dict[str, Callable[..., Tensor]] = {
+    "mse": F.mse_loss,
+    "huber": F.huber_loss,
+    "smooth_l1": F.smooth_l1_loss,
+}
+
+
 def sample_losses(prediction: Tensor, target: Tensor, loss_type: str = "mse") -> Tensor:
     """Loss of each sample (B,), the mean over its elements, in float32."""
-    elementwise = {"mse": F.mse_loss, "huber": F.huber_loss, "smooth_l1": F.smooth_l1_loss}
-    losses = elementwise[loss_type](prediction.float(), target.float(), reduction="none")
+    losses = ELEMENTWISE[loss_type](prediction.float(), target.float(), reduction="none")
     return losses.flatten(1).mean(dim=1)

@@ -22,20 +22,12 @@ from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
 
 from ...fp8.dequantize import dequantize
+from ...network.layers import is_linear
 
 logger = logging.getLogger("comfyui_braid.training")
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether `module` is a linear layer; ComfyUI's quantised ones are no `nn.Linear`."""
-    return isinstance(module, nn.Linear) or (
-        isinstance(module, CastWeightBiasOp)
-        and hasattr(module, "in_features")
-        and hasattr(module, "out_features")
-    )
 
 
 @contextmanager

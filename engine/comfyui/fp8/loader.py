@@ -22,7 +22,7 @@ from ...fp8.policy import Decision, Fp8Policy
 from ...fp8.report import Fp8Report, LayerReport
 from ...fp8.source import map_tensors
 from ...fp8.stream import Merge, granularity_of, quantized_stream
-from ..differentiable.frozen import is_linear
+from ...network.layers import is_linear
 from ..progress import reported
 
 logger = logging.getLogger("comfyui_braid.fp8")
