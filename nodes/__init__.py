@@ -8,6 +8,7 @@ from . import (
     fp8,
     live,
     magcache,
+    magcache_inputs,
     network,
     playground,
     replacements,
@@ -33,10 +34,26 @@ NODES: list[type[io.ComfyNode]] = [
 ]
 """Every node of the pack, in menu order."""
 
+LIVE: dict[str, live.Chart] = {
+    "ema": live.Chart(nodes=("BraidPostHocEma",), compute=ema.live_ema),
+    "magcache": live.Chart(
+        nodes=("BraidMagCache", "BraidMagCachePlan"), compute=magcache_inputs.live_magcache
+    ),
+    "timesteps": live.Chart(
+        nodes=("BraidTimestepSampling", "BraidTimestepPreview"), compute=timesteps.live_timesteps
+    ),
+}
+"""noun -> its live chart; web/extension.js has the same in CHARTS."""
+
+
+def kinds() -> dict[str, type[io.ComfyNode]]:
+    """Node id -> class."""
+    return {node.define_schema().node_id: node for node in NODES}
+
 
 class BraidExtension(ComfyExtension):
     async def on_load(self) -> None:
-        live.add_routes()
+        live.add_routes(LIVE, kinds())
         await replacements.register()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:

@@ -1,6 +1,6 @@
 """Nodes of Braid/ema: averages over the training time of a run, made after it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +14,22 @@ from ..engine.ema.average import (
     averaged,
     plan_average,
     plan_for_order,
-    planned_order,
     report_json,
 )
-from ..engine.ema.figure import cells, draw_reconstruction, draw_weights, ideal_curve
-from ..engine.ema.order import SORTS, selected
+from ..engine.ema.figure import bars_of, draw_reconstruction, draw_weights, ideal_curve
+from ..engine.ema.order import SORTS, planned_order, selected
 from ..engine.ema.schedule import BetaRamp, MusubiPower, Power, Schedule
 from ..engine.ema.shadows import plan_reconstruction, reconstructed
-from . import live, sockets
-from .checkpoints import load_checkpoints
+from ..engine.folders import SearchEndedError
+from . import sockets
+from .checkpoints import live_checkpoints, live_search
+from .live_node import DecidedByTheRunError, LiveNode
 from .outputs import next_file
 
 EXAMPLE_COUNT = 10
 """Checkpoints that the live chart shows while no run is known."""
+MOST_WIDTHS = 64
+"""LoRAs of a sweep: all of them are held in memory."""
 
 
 def _sigma_rel(default: float, tooltip: str) -> io.Float.Input:
@@ -312,54 +315,75 @@ def parse_sigma_rels(text: str) -> list[float]:
     parts = text.replace(",", " ").split()
     if not parts:
         raise ValueError("sigma_rels is empty; write widths such as 0.1, 0.15, 0.2")
+    if len(parts) > MOST_WIDTHS:
+        raise ValueError(
+            f"sigma_rels holds {len(parts)} widths; at most {MOST_WIDTHS} are swept"
+        )
     try:
         widths = [float(part) for part in parts]
     except ValueError as error:
         raise ValueError(
-            f"sigma_rels {text!r}: {error}; write numbers such as 0.1, 0.15, 0.2"
+            f"sigma_rels {text[:80]!r}: {error}; write numbers such as 0.1, 0.15, 0.2"
         ) from error
     return [Power(sigma_rel=width).sigma_rel for width in widths]
 
 
 def chart_json(plan: AveragePlan) -> dict[str, Any]:
-    """What web/ema/chart.js draws; numbers and names only."""
-    curve = ideal_curve(plan)
-    return plan.report() | {
-        "borders": cells(plan.order.times, plan.order.windowed).tolist(),
+    """What web/ema/chart.js draws; numbers and names only. `count` checkpoints, in at most so many
+    bars as a chart has room for: `files`, `steps` and `weights` are those of the bars."""
+    curve, bars = ideal_curve(plan), bars_of(plan)
+    return plan.summary() | {
+        "count": len(plan.order.files),
+        "files": list(bars.names),
+        "steps": bars.steps.tolist(),
+        "weights": bars.weights.tolist(),
+        "borders": bars.borders.tolist(),
         "ideal": None if curve is None else [axis.tolist() for axis in curve],
     }
 
 
-def live_ema(node: live.LiveNode) -> dict[str, Any]:
+def live_ema(node: LiveNode) -> dict[str, Any]:
     """The chart for the widgets as they are, over the files of the linked run as far as known."""
-    values = {name: node.value(name) for name in ("method", "sort", "first", "last")}
-    schedule = parse_schedule(values["method"])
+    schedule, sort = parse_schedule(node.value("method")), node.value("sort")
+    first, last = node.value("first"), node.value("last")
     source = node.input("checkpoints")
     if source is not None and source.node_id == "BraidLoadCheckpoints":
-        checkpoints = load_checkpoints(**source.values)
-        plan = plan_average(checkpoints, schedule, values["sort"], values["first"], values["last"])
+        plan = _plan_of_files(source, schedule, sort, first, last)
         return chart_json(plan) | {"note": ""}
-    steps = [] if source is None else _planned_steps(source)
+    steps = () if source is None else _planned_steps(source)
     if steps:
         order, note = planned_order(steps, "steps"), "as the linked run will save them"
     else:
         order = planned_order(range(1, EXAMPLE_COUNT + 1), "files")
         note = "an example: no run is linked yet"
-    chosen = selected(order, values["first"], values["last"])
+    chosen = selected(order, first, last)
     return chart_json(plan_for_order(chosen, schedule)) | {"note": note}
 
 
-def _planned_steps(node: live.LiveNode) -> list[int]:
+def _plan_of_files(
+    source: LiveNode, schedule: Schedule, sort: str, first: int, last: int
+) -> AveragePlan:
+    search = live_search()
+    try:
+        checkpoints = live_checkpoints(search, **source.values)
+        return plan_average(checkpoints, schedule, sort, first, last, search)
+    except SearchEndedError:
+        raise DecidedByTheRunError(
+            "The folder holds more than is read while a graph is edited: run the graph to see its "
+            "checkpoints here."
+        ) from None
+
+
+def _planned_steps(node: LiveNode) -> Sequence[int]:
     """Steps at which a Train LoRA node will save; none for other nodes, or while not known."""
     options = node.input("options")
     while options is not None and options.node_id != "BraidCheckpointing":
         options = options.input("options")
     if node.node_id != "BraidTrainLora" or options is None:
-        return []
+        return ()
     every, last = options.value("save_every_n_steps"), options.value("save_last_n")
-    steps = list(range(every, node.value("steps") + 1, every)) if every else []
+    steps = range(every, node.value("steps") + 1, every) if every else range(0)
     return steps[-last:] if last else steps
 
 
-live.LIVE["ema"] = live_ema
 NODES: list[type[io.ComfyNode]] = [BraidPostHocEma, BraidEmaReconstruct, BraidEmaSweep]
