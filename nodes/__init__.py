@@ -2,31 +2,14 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import (
-    checkpoints,
-    ema,
-    fp8,
-    live,
-    magcache,
-    magcache_inputs,
-    network,
-    playground,
-    replacements,
-    timesteps,
-    training,
-    training_optimizer,
-    training_options,
-    training_progress,
-)
+from . import ema, fp8, live, magcache, network, playground, replacements, timesteps, training
+from .ema_live import live_ema
+from .magcache.live import live_magcache
 
 NODES: list[type[io.ComfyNode]] = [
     *network.NODES,
     *timesteps.NODES,
     *training.NODES,
-    *training_optimizer.NODES,
-    *training_options.NODES,
-    *training_progress.NODES,
-    *checkpoints.NODES,
     *ema.NODES,
     *fp8.NODES,
     *magcache.NODES,
@@ -35,10 +18,8 @@ NODES: list[type[io.ComfyNode]] = [
 """Every node of the pack, in menu order."""
 
 LIVE: dict[str, live.Chart] = {
-    "ema": live.Chart(nodes=("BraidPostHocEma",), compute=ema.live_ema),
-    "magcache": live.Chart(
-        nodes=("BraidMagCache", "BraidMagCachePlan"), compute=magcache_inputs.live_magcache
-    ),
+    "ema": live.Chart(nodes=("BraidPostHocEma",), compute=live_ema),
+    "magcache": live.Chart(nodes=("BraidMagCache", "BraidMagCachePlan"), compute=live_magcache),
     "timesteps": live.Chart(
         nodes=("BraidTimestepSampling", "BraidTimestepPreview"), compute=timesteps.live_timesteps
     ),

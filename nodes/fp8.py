@@ -8,8 +8,8 @@ from comfy_api.latest import io, ui
 
 from ..engine.arguments import parse_patterns
 from ..engine.canvas import as_image
-from ..engine.comfyui.fp8_save import save_fp8
-from ..engine.comfyui.loader import Fp8Request, load_fp8
+from ..engine.comfyui.fp8.loader import Fp8Request, load_fp8
+from ..engine.comfyui.fp8.save import save_fp8
 from ..engine.fp8.chart import error_chart
 from ..engine.fp8.policy import Fp8Policy, LayerPatterns
 from ..engine.fp8.report import Fp8Report

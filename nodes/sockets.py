@@ -8,7 +8,7 @@ Optimizer = io.Custom("BRAID_OPTIMIZER")  # engine.training.optimizer.OptimizerS
 TrainingOptions = io.Custom("BRAID_TRAINING_OPTIONS")  # engine.training.options.TrainingOptions
 Checkpoints = io.Custom("BRAID_CHECKPOINTS")  # engine.checkpoints.Checkpoints
 MagCachePlan = io.Custom("BRAID_MAGCACHE")  # engine.magcache.plan.MagCachePlan
-Calibrator = io.Custom("BRAID_CALIBRATOR")  # engine.comfyui.magcache_patch.Calibrator
+Calibrator = io.Custom("BRAID_CALIBRATOR")  # engine.comfyui.magcache.calibrate.Calibrator
 
 NETWORK = "Braid/network"
 TIMESTEPS = "Braid/timesteps"

@@ -26,11 +26,8 @@ from magcache_runs import cached, calibrate, ones, sample  # noqa: E402
 from tiny_models import build, latent  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
-from comfyui_braid.engine.comfyui.magcache_cache import (  # noqa: E402
-    ResidualCache,
-    predicted_denoised,
-)
 from comfyui_braid.engine.magcache.curve import resampled_sigmas  # noqa: E402
+from comfyui_braid.engine.magcache.residuals import ResidualCache, predicted_denoised  # noqa: E402
 from comfyui_braid.engine.magcache.rules import MagCacheRule, PlannedRule  # noqa: E402
 from comfyui_braid.engine.magcache.schedule import plan_schedule  # noqa: E402
 

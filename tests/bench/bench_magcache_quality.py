@@ -27,11 +27,8 @@ import comfy.samplers  # noqa: E402
 import torch  # noqa: E402
 from comfy_extras.nodes_easycache import EasyCacheNode  # noqa: E402
 
-from comfyui_braid.engine.comfyui.magcache_calibrate import Calibrator  # noqa: E402
-from comfyui_braid.engine.comfyui.magcache_patch import (  # noqa: E402
-    MagCachePatch,
-    MagCacheSettings,
-)
+from comfyui_braid.engine.comfyui.magcache.calibrate import Calibrator  # noqa: E402
+from comfyui_braid.engine.comfyui.magcache.patch import MagCachePatch, MagCacheSettings  # noqa: E402
 from comfyui_braid.engine.comfyui.playground import load_playground_model  # noqa: E402
 from comfyui_braid.engine.magcache.rules import MagCacheRule, PlannedRule  # noqa: E402
 from comfyui_braid.engine.magcache.schedule import plan_schedule  # noqa: E402

@@ -37,8 +37,8 @@ import psutil  # noqa: E402
 import tiny_models  # noqa: E402
 import torch  # noqa: E402
 
-from comfyui_braid.engine.comfyui.compilation import compiled  # noqa: E402
-from comfyui_braid.engine.comfyui.denoiser import _attention, training_session  # noqa: E402
+from comfyui_braid.engine.comfyui.differentiable.compilation import compiled  # noqa: E402
+from comfyui_braid.engine.comfyui.differentiable.denoiser import _attention, training_session  # noqa: E402
 from comfyui_braid.engine.comfyui.model import diffusion_model_of  # noqa: E402
 from comfyui_braid.engine.network.architectures import architecture_of  # noqa: E402
 from comfyui_braid.engine.network.attach import attached, build_network  # noqa: E402

@@ -9,7 +9,7 @@ import comfy.supported_models
 import torch
 from tiny_models import MODELS, build, conditioning, latent
 
-from comfyui_braid.engine.comfyui.denoiser import training_session
+from comfyui_braid.engine.comfyui.differentiable.denoiser import training_session
 from comfyui_braid.engine.network.architectures import architecture_of
 from comfyui_braid.engine.network.attach import attached, build_network
 from comfyui_braid.engine.network.spec import NetworkSpec, TargetPatterns

@@ -5,8 +5,8 @@ import comfy.samplers
 import torch
 from tiny_models import conditioning, latent
 
-from comfyui_braid.engine.comfyui.magcache_calibrate import Calibrator
-from comfyui_braid.engine.comfyui.magcache_patch import MagCachePatch, MagCacheSettings
+from comfyui_braid.engine.comfyui.magcache.calibrate import Calibrator
+from comfyui_braid.engine.comfyui.magcache.patch import MagCachePatch, MagCacheSettings
 from comfyui_braid.engine.magcache.plan import plan_from_ratios
 from comfyui_braid.engine.magcache.rules import MagCacheRule
 

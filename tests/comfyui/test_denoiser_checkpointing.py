@@ -8,9 +8,13 @@ import torch.nn.functional as F
 from tiny_models import MODELS, build
 from torch import nn
 
-from comfyui_braid.engine.comfyui.checkpointing import checkpointed, find_blocks, graphs_alive
-from comfyui_braid.engine.comfyui.frozen import frozen
-from comfyui_braid.engine.comfyui.inplace import differentiates
+from comfyui_braid.engine.comfyui.differentiable.checkpointing import (
+    checkpointed,
+    find_blocks,
+    graphs_alive,
+)
+from comfyui_braid.engine.comfyui.differentiable.frozen import frozen
+from comfyui_braid.engine.comfyui.differentiable.inplace import differentiates
 
 BLOCKS = {
     "flux": 6,

@@ -17,7 +17,7 @@ from denoiser_cases import (
 )
 from tiny_models import build, latent
 
-from comfyui_braid.engine.comfyui.denoiser import _attention, training_session
+from comfyui_braid.engine.comfyui.differentiable.denoiser import _attention, training_session
 from comfyui_braid.engine.network.attach import attached
 
 ALL = (*TRANSFORMERS, "sd15")
@@ -29,10 +29,10 @@ def plain_autograd(patcher, name):
         network = network_for(denoiser, everything=True)
         data = batch(denoiser, name)
         target, noised = denoiser.target(*data[:3]), denoiser.noised_input(*data[:3])
-        from comfyui_braid.engine.comfyui import conditioning, objective
+        from comfyui_braid.engine.comfyui.differentiable import conditioning, noise_levels
 
         arguments = conditioning.stacked(data[3], denoiser.device)
-        sigma = objective.sigma_at(denoiser.sampling, data[2])
+        sigma = noise_levels.sigma_at(denoiser.sampling, data[2])
     model = patcher.model
     seen = []
     hook = model.diffusion_model.register_forward_hook(lambda m, i, output: seen.append(output))

@@ -2,7 +2,12 @@ import comfy.model_sampling as ms
 import pytest
 import torch
 
-from comfyui_braid.engine.comfyui.objective import check_trainable, noised_input, sigma_at, target
+from comfyui_braid.engine.comfyui.differentiable.noise_levels import (
+    check_trainable,
+    noised_input,
+    sigma_at,
+    target,
+)
 
 T = torch.tensor([0.0005, 0.25, 0.5, 0.9, 1.0])
 

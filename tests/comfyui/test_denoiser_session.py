@@ -15,7 +15,7 @@ from denoiser_cases import (
 )
 from tiny_models import MODELS, build, conditioning, latent, sampled
 
-from comfyui_braid.engine.comfyui.denoiser import training_session
+from comfyui_braid.engine.comfyui.differentiable.denoiser import training_session
 
 ALL = (*TRANSFORMERS, "sd15")
 
@@ -247,10 +247,10 @@ def test_a_prediction_is_what_sampling_computes_with_the_same_weights(name):
         latents, noise, t, conds = batch(denoiser, name, size=1)
         noised = denoiser.noised_input(latents, noise, t)
         output = denoiser.predict(noised, t, conds)
-        from comfyui_braid.engine.comfyui import conditioning as ready
-        from comfyui_braid.engine.comfyui import objective
+        from comfyui_braid.engine.comfyui.differentiable import conditioning as ready
+        from comfyui_braid.engine.comfyui.differentiable import noise_levels
 
-        sigma = objective.sigma_at(sampling, t)
+        sigma = noise_levels.sigma_at(sampling, t)
         arguments = ready.stacked(conds, denoiser.device)
         expected = patcher.model.apply_model(noised, sigma, **arguments)
     denoised = sampling.calculate_denoised(sigma, output, noised)

@@ -19,8 +19,6 @@ from comfyui_braid.engine.checkpoints import AdapterStateDict, Checkpoints
 from comfyui_braid.engine.ema import merge
 from comfyui_braid.engine.ema.shadows import Shadows
 from comfyui_braid.engine.files import read_header
-from comfyui_braid.nodes import checkpoints as checkpoint_nodes
-from comfyui_braid.nodes.checkpoints import BraidLoadCheckpoints
 from comfyui_braid.nodes.ema import (
     NODES,
     BraidEmaReconstruct,
@@ -29,7 +27,9 @@ from comfyui_braid.nodes.ema import (
     parse_schedule,
 )
 from comfyui_braid.nodes.live import LIVE, parse_live_node
-from comfyui_braid.nodes.training_options import BraidCheckpointing
+from comfyui_braid.nodes.training import BraidCheckpointing
+from comfyui_braid.nodes.training import checkpoints as checkpoint_nodes
+from comfyui_braid.nodes.training.checkpoints import BraidLoadCheckpoints
 
 SIGMA_REL = {"method": "sigma_rel", "sigma_rel": 0.2}
 METHODS = [

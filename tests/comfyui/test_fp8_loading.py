@@ -15,7 +15,7 @@ from fp8_files import (
 )
 from safetensors.torch import save_file
 
-from comfyui_braid.engine.comfyui.loader import Fp8Request, load_fp8
+from comfyui_braid.engine.comfyui.fp8.loader import Fp8Request, load_fp8
 from comfyui_braid.engine.fp8.policy import PRESETS, Fp8Policy, LayerPatterns
 from comfyui_braid.engine.fp8.stream import quantize_weight
 

@@ -12,8 +12,8 @@ from fp8_files import (
 )
 from safetensors.torch import save_file
 
-from comfyui_braid.engine.comfyui.fp8_lora import PatchOnTheFly
-from comfyui_braid.engine.comfyui.loader import Fp8Request, load_fp8
+from comfyui_braid.engine.comfyui.fp8.loader import Fp8Request, load_fp8
+from comfyui_braid.engine.comfyui.fp8.patches import PatchOnTheFly
 from comfyui_braid.engine.fp8.policy import Fp8Policy
 
 GRANULARITIES = ("tensor", "channel", "block")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from tiny_models import MODELS
 
-from comfyui_braid.engine.comfyui.frozen import is_linear
+from comfyui_braid.engine.comfyui.differentiable.frozen import is_linear
 from comfyui_braid.engine.fp8.policy import PRESETS, Fp8Policy
 
 MUSUBI = {

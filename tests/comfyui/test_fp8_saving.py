@@ -13,8 +13,8 @@ from fp8_files import (
     write_model,
 )
 
-from comfyui_braid.engine.comfyui.fp8_save import save_fp8
-from comfyui_braid.engine.comfyui.loader import Fp8Request, load_fp8
+from comfyui_braid.engine.comfyui.fp8.loader import Fp8Request, load_fp8
+from comfyui_braid.engine.comfyui.fp8.save import save_fp8
 from comfyui_braid.engine.files import read_header
 from comfyui_braid.engine.fp8.policy import Fp8Policy
 

@@ -7,10 +7,10 @@ import torch
 from fp8_files import distance, reference, write_model
 from tiny_models import conditioning, latent
 
-from comfyui_braid.engine.comfyui.frozen import frozen
-from comfyui_braid.engine.comfyui.items import pair_items
-from comfyui_braid.engine.comfyui.loader import Fp8Request, load_fp8
-from comfyui_braid.engine.comfyui.trainer import LoraTraining, train_lora
+from comfyui_braid.engine.comfyui.differentiable.frozen import frozen
+from comfyui_braid.engine.comfyui.fp8.loader import Fp8Request, load_fp8
+from comfyui_braid.engine.comfyui.training.items import pair_items
+from comfyui_braid.engine.comfyui.training.run import LoraTraining, train_lora
 from comfyui_braid.engine.fp8.policy import Fp8Policy
 from comfyui_braid.engine.network.spec import NetworkSpec
 from comfyui_braid.engine.timesteps.sampling import TimestepSampling

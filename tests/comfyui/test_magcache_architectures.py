@@ -5,7 +5,7 @@ import torch
 from magcache_runs import STEPS, cached, calibrate, close, counting, ones, sample
 from tiny_models import MODELS, build
 
-from comfyui_braid.engine.comfyui.magcache_blocks import block_keys
+from comfyui_braid.engine.comfyui.magcache.blocks import block_keys
 from comfyui_braid.engine.comfyui.playground import load_playground_model
 from comfyui_braid.engine.magcache.rules import MagCacheRule, PlannedRule
 

@@ -5,7 +5,7 @@ import torch
 from magcache_runs import cached, sample
 from tiny_models import MODELS, TinyModel, build, conditioning
 
-from comfyui_braid.engine.comfyui.magcache_blocks import (
+from comfyui_braid.engine.comfyui.magcache.blocks import (
     HOOKED_MODELS,
     StackMeasure,
     block_keys,

@@ -9,9 +9,10 @@ import torch
 from magcache_runs import sample
 from tiny_models import build
 
-from comfyui_braid.engine.comfyui.magcache_patch import magcache_of
+from comfyui_braid.engine.comfyui.magcache.patch import magcache_of
 from comfyui_braid.nodes.live import LiveNode
-from comfyui_braid.nodes.magcache import (
+from comfyui_braid.nodes.magcache.inputs import live_magcache
+from comfyui_braid.nodes.magcache.nodes import (
     NODES,
     BraidLoadCalibration,
     BraidMagCache,
@@ -20,7 +21,6 @@ from comfyui_braid.nodes.magcache import (
     BraidMagCachePlan,
     BraidMagCacheReport,
 )
-from comfyui_braid.nodes.magcache_inputs import live_magcache
 
 DOCS = Path(__file__).resolve().parents[2] / "web" / "docs"
 STEPS = 12

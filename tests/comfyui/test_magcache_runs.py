@@ -26,24 +26,24 @@ from magcache_runs import (
 from tiny_models import build, conditioning, latent
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from comfyui_braid.engine.comfyui.magcache_cache import ResidualCache
-from comfyui_braid.engine.comfyui.magcache_calibrate import Calibrator
-from comfyui_braid.engine.comfyui.magcache_conditions import schedule_knots
-from comfyui_braid.engine.comfyui.magcache_patch import MagCacheSettings
-from comfyui_braid.engine.comfyui.magcache_run import conditioning_keys
-from comfyui_braid.engine.comfyui.magcache_samplers import (
+from comfyui_braid.engine.comfyui.magcache.calibrate import Calibrator
+from comfyui_braid.engine.comfyui.magcache.conditions import schedule_knots
+from comfyui_braid.engine.comfyui.magcache.patch import MagCacheSettings
+from comfyui_braid.engine.comfyui.magcache.run import conditioning_keys
+from comfyui_braid.engine.comfyui.magcache.samplers import (
     OWN_LEVELS,
     adds_noise,
     calls_follow_schedule,
     noisy_by_name,
-    same_level,
     sampler_name,
 )
 from comfyui_braid.engine.comfyui.playground import load_playground_model
+from comfyui_braid.engine.magcache.clock import same_level
 from comfyui_braid.engine.magcache.presets import preset_named, presets
+from comfyui_braid.engine.magcache.residuals import ResidualCache
 from comfyui_braid.engine.magcache.rules import MagCacheRule, PlannedRule
 from comfyui_braid.engine.magcache.schedule import plan_schedule
-from comfyui_braid.nodes.magcache_inputs import planned_strip
+from comfyui_braid.nodes.magcache.inputs import planned_strip
 
 SKIPPED = (1, 2, 4, 5)
 

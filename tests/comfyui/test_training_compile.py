@@ -13,9 +13,9 @@ from test_training_run import PLAN, run, silent, training
 from tiny_models import build, sampled
 from torch._inductor.compile_fx import compile_fx
 
-from comfyui_braid.engine.comfyui.compilation import compiled
-from comfyui_braid.engine.comfyui.loader import Fp8Request, load_fp8
-from comfyui_braid.engine.comfyui.trainer import train_lora
+from comfyui_braid.engine.comfyui.differentiable.compilation import compiled
+from comfyui_braid.engine.comfyui.fp8.loader import Fp8Request, load_fp8
+from comfyui_braid.engine.comfyui.training.run import train_lora
 from comfyui_braid.engine.fp8.policy import Fp8Policy
 from comfyui_braid.engine.network.spec import NetworkSpec, TargetPatterns
 from comfyui_braid.engine.training.options import Compilation, TrainingOptions
@@ -83,7 +83,7 @@ def test_a_model_that_autograd_must_be_guarded_on_says_that_it_is_not_compiled(
     tmp_path, monkeypatch
 ):
     """Under torch's guard nothing is compiled, in silence."""
-    differs = "comfyui_braid.engine.comfyui.denoiser.differentiates"
+    differs = "comfyui_braid.engine.comfyui.differentiable.denoiser.differentiates"
     monkeypatch.setattr(differs, lambda outputs: False)
     plan = dataclasses.replace(SHORT, gradient_checkpointing=False)
     plain = run("flux", tmp_path, plan=plan)
@@ -172,7 +172,9 @@ def test_an_error_that_is_not_the_compiler_s_is_not_hidden(tmp_path, monkeypatch
     def broken(*args):
         raise ZeroDivisionError("of the denoiser")
 
-    monkeypatch.setattr("comfyui_braid.engine.comfyui.denoiser.ComfyDenoiser.noised_input", broken)
+    monkeypatch.setattr(
+        "comfyui_braid.engine.comfyui.differentiable.denoiser.ComfyDenoiser.noised_input", broken
+    )
     with pytest.raises(ZeroDivisionError):
         run("flux", tmp_path, plan=SHORT, options=options())
 

@@ -16,11 +16,11 @@ from test_training_run import PLAN, run, same, silent, training
 from tiny_models import build, conditioning, latent
 
 from comfyui_braid.engine import files
-from comfyui_braid.engine.comfyui import trainer
-from comfyui_braid.engine.comfyui.denoiser import ComfyDenoiser
-from comfyui_braid.engine.comfyui.items import pair_items
+from comfyui_braid.engine.comfyui.differentiable.denoiser import ComfyDenoiser
 from comfyui_braid.engine.comfyui.playground import load_playground_model
-from comfyui_braid.engine.comfyui.trainer import train_lora
+from comfyui_braid.engine.comfyui.training import run as training_run
+from comfyui_braid.engine.comfyui.training.items import pair_items
+from comfyui_braid.engine.comfyui.training.run import train_lora
 from comfyui_braid.engine.network.spec import NetworkSpec
 from comfyui_braid.engine.playground.model import WEIGHTS
 from comfyui_braid.engine.timesteps.sampling import TimestepSampling
@@ -72,7 +72,7 @@ def test_a_finished_lora_that_cannot_be_saved_is_handed_to_the_graph_all_the_sam
 def test_cancelling_on_a_full_disk_says_what_is_left_and_stays_a_cancel(
     tmp_path, full_disk, monkeypatch
 ):
-    original = trainer.saved
+    original = training_run.saved
 
     def cancelled(steps, *rest):
         for step in original(steps, *rest):
@@ -81,7 +81,7 @@ def test_cancelling_on_a_full_disk_says_what_is_left_and_stays_a_cancel(
                 comfy.model_management.interrupt_current_processing()
             yield step
 
-    monkeypatch.setattr(trainer, "saved", cancelled)
+    monkeypatch.setattr(training_run, "saved", cancelled)
     said = []
     with (
         torch.inference_mode(),

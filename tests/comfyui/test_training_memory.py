@@ -8,8 +8,8 @@ import torch
 from test_training_run import run
 from tiny_models import build
 
-from comfyui_braid.engine.comfyui.checkpointing import find_blocks
-from comfyui_braid.engine.comfyui.memory import GIB, MemoryEstimate, estimate_memory
+from comfyui_braid.engine.comfyui.differentiable.checkpointing import find_blocks
+from comfyui_braid.engine.comfyui.training.memory import GIB, MemoryEstimate, estimate_memory
 
 
 def estimate(patcher=None, **changes):

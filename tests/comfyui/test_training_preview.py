@@ -12,9 +12,9 @@ from PIL import Image
 from test_training_run import PLAN, run, same
 from tiny_models import conditioning, latent
 
-from comfyui_braid.engine.comfyui import trainer
 from comfyui_braid.engine.comfyui.playground import latent_rgb_factors, load_playground_model
-from comfyui_braid.engine.comfyui.preview import Previewer, PreviewSampling
+from comfyui_braid.engine.comfyui.training import run as training_run
+from comfyui_braid.engine.comfyui.training.preview import Previewer, PreviewSampling
 from comfyui_braid.engine.network.spec import NetworkSpec
 from comfyui_braid.engine.playground.glyphs import decode, draw_dataset, encode, pictures_of
 from comfyui_braid.engine.training.optimizer import OptimizerSpec
@@ -129,14 +129,14 @@ def test_cancelling_during_a_preview_is_no_failed_preview(tmp_path):
 
 def test_the_live_picture_shows_the_last_sample_beside_the_loss_curve(tmp_path, monkeypatch):
     pictures = []
-    original = trainer.reported
+    original = training_run.reported
 
     def shown(steps, total, picture):
         for step in original(steps, total, picture):
             pictures.append(picture(step))
             yield step
 
-    monkeypatch.setattr(trainer, "reported", shown)
+    monkeypatch.setattr(training_run, "reported", shown)
     run("flux", tmp_path, plan=SHORT, options=options())
     drawn = [picture for picture in pictures if picture is not None]
     assert drawn[0].width < drawn[-1].width  # a second panel from the first sample on

@@ -12,9 +12,9 @@ import safetensors.torch
 import torch
 from tiny_models import ARCHITECTURES, build, conditioning, latent, sampled
 
-from comfyui_braid.engine.comfyui import trainer
-from comfyui_braid.engine.comfyui.items import pair_items
-from comfyui_braid.engine.comfyui.trainer import LoraTraining, train_lora
+from comfyui_braid.engine.comfyui.training import run as training_run
+from comfyui_braid.engine.comfyui.training.items import pair_items
+from comfyui_braid.engine.comfyui.training.run import LoraTraining, train_lora
 from comfyui_braid.engine.network.spec import NetworkSpec
 from comfyui_braid.engine.timesteps.sampling import TimestepSampling
 from comfyui_braid.engine.training.optimizer import OptimizerSpec
@@ -96,7 +96,7 @@ def test_cancel_saves_adapter_and_state_and_the_resumed_run_equals_the_whole_one
     said = []
     patcher = build("flux")
     part = training("flux", tmp_path / "part", plan=plan, options=options)
-    original = trainer.saved
+    original = training_run.saved
 
     def cancelled_after_three_steps(steps, *rest):
         for step in original(steps, *rest):
@@ -104,7 +104,7 @@ def test_cancel_saves_adapter_and_state_and_the_resumed_run_equals_the_whole_one
                 comfy.model_management.interrupt_current_processing()
             yield step
 
-    monkeypatch.setattr(trainer, "saved", cancelled_after_three_steps)
+    monkeypatch.setattr(training_run, "saved", cancelled_after_three_steps)
     with (
         torch.inference_mode(),
         pytest.raises(comfy.model_management.InterruptProcessingException),

@@ -10,8 +10,8 @@ from test_training_run import PLAN, run, same, silent, training
 from tiny_models import build
 
 from comfyui_braid.engine.checkpoints import SHADOWS_SUFFIX
-from comfyui_braid.engine.comfyui import trainer
-from comfyui_braid.engine.comfyui.trainer import train_lora
+from comfyui_braid.engine.comfyui.training import run as training_run
+from comfyui_braid.engine.comfyui.training.run import train_lora
 from comfyui_braid.engine.ema.profile import gamma_from_sigma_rel, power_beta
 from comfyui_braid.engine.ema.shadows import plan_reconstruction, read_shadows_info, reconstructed
 from comfyui_braid.engine.training.optimizer import OptimizerSpec
@@ -71,7 +71,7 @@ def test_shadows_of_a_run_that_was_cancelled_and_resumed_equal_those_of_the_whol
 ):
     few = options(save_every_n_steps=0)
     whole = run("flux", tmp_path / "whole", plan=LONG, options=few)
-    original = trainer.saved
+    original = training_run.saved
 
     def cancelled_after_thirteen_steps(steps, *rest):
         for step in original(steps, *rest):
@@ -79,7 +79,7 @@ def test_shadows_of_a_run_that_was_cancelled_and_resumed_equal_those_of_the_whol
                 comfy.model_management.interrupt_current_processing()
             yield step
 
-    monkeypatch.setattr(trainer, "saved", cancelled_after_thirteen_steps)
+    monkeypatch.setattr(training_run, "saved", cancelled_after_thirteen_steps)
     with (
         torch.inference_mode(),
         pytest.raises(comfy.model_management.InterruptProcessingException),

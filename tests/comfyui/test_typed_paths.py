@@ -17,10 +17,10 @@ from comfyui_braid.engine.network.spec import NetworkSpec
 from comfyui_braid.nodes import fp8
 from comfyui_braid.nodes.ema import BraidPostHocEma
 from comfyui_braid.nodes.live import LIVE, _computed, parse_live_node
-from comfyui_braid.nodes.magcache import BraidLoadCalibration, BraidMagCacheCalibration
+from comfyui_braid.nodes.magcache.nodes import BraidLoadCalibration, BraidMagCacheCalibration
 from comfyui_braid.nodes.network import BraidSaveLora
-from comfyui_braid.nodes.training import BraidTrainLora
-from comfyui_braid.nodes.training_options import BraidTrainingLog
+from comfyui_braid.nodes.training.log import BraidTrainingLog
+from comfyui_braid.nodes.training.train import BraidTrainLora
 
 UNUSABLE = {
     "out": "../../../x",

@@ -1,0 +1,1 @@
+"""Models with scaled FP8 weights inside the host."""

@@ -1,0 +1,265 @@
+"""A model file and an FP8 policy become a ModelPatcher through ComfyUI's own loader."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import comfy.lora
+import comfy.lora_convert
+import comfy.model_detection
+import comfy.model_management
+import comfy.sd
+import comfy.utils
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.quant_ops import QuantizedTensor
+from comfy.supported_models_base import BASE
+from torch import Tensor, nn
+
+from ...fp8.checkpoint import Fp8Checkpoint, format_name, recognise, without_prefix
+from ...fp8.policy import Decision, Fp8Policy
+from ...fp8.report import Fp8Report, LayerReport
+from ...fp8.source import map_tensors
+from ...fp8.stream import Merge, granularity_of, quantized_stream
+from ..differentiable.frozen import is_linear
+from ..progress import reported
+
+logger = logging.getLogger("comfyui_braid.fp8")
+
+MODEL_PREFIX = "diffusion_model."
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fp8Request:
+    """What to load and how."""
+
+    path: Path
+    """A .safetensors diffusion model or checkpoint; any one of its shards."""
+    policy: Fp8Policy = field(default_factory=Fp8Policy)
+    lora: Path | None = None
+    """Merged before quantising, in float32."""
+    lora_strength: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fp8Model:
+    """A loaded model and what was done to it."""
+
+    patcher: ModelPatcher
+    report: Fp8Report
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Skeleton:
+    """The model of a state dict, without weights."""
+
+    config: BASE
+    model: nn.Module
+    """On the meta device."""
+    module_keys: dict[str, str]
+    """Key in the file -> key in `model.diffusion_model`; what ComfyUI rewrites is absent."""
+
+    @property
+    def architecture(self) -> str:
+        """The name that presets go by."""
+        name = self.config.unet_config.get("image_model", "unet")
+        if name == "hunyuan_video" and self.config.unet_config.get("vision_in_dim"):
+            return "hunyuan_video_1.5"
+        return name
+
+
+def load_fp8(request: Fp8Request, disable_dynamic: bool = False) -> Fp8Model:
+    """Quantise the file of `request` while reading it and load it; ValueError says what is wrong.
+
+    A file that is FP8 already is loaded as what it is.
+    """
+    whole = map_tensors(request.path)
+    prefix = comfy.model_detection.unet_prefix_from_state_dict(whole.tensors)
+    source = without_prefix(whole, prefix)
+    already = recognise(source.tensors, source.metadata)
+    if already is not None:
+        ready, report = _as_it_is(already, request)
+    else:
+        ready, report = _quantized(source.tensors, request, source.metadata)
+    patcher = comfy.sd.load_diffusion_model_state_dict(
+        ready,
+        metadata=dict(source.metadata) if already and not already.scaled else {},
+        disable_dynamic=disable_dynamic,
+    )
+    if patcher is None:
+        raise ValueError(_unknown(request.path))
+    _use_fine_scales(patcher)
+    patcher.cached_patcher_init = (load_fp8_patcher, (request,))
+    return Fp8Model(patcher=patcher, report=report)
+
+
+def load_fp8_patcher(request: Fp8Request, disable_dynamic: bool = False) -> ModelPatcher:
+    """`load_fp8` without the report: how ComfyUI makes an independent copy of the model."""
+    return load_fp8(request, disable_dynamic).patcher
+
+
+def _as_it_is(already: Fp8Checkpoint, request: Fp8Request) -> tuple[dict[str, Tensor], Fp8Report]:
+    if request.lora is not None and request.lora_strength != 0.0:
+        raise ValueError(
+            f"{request.path.name} is FP8 already ({already.origin}); a LoRA can be merged before "
+            "quantising only from a bf16, fp16 or fp32 file: use Load LoRA after this node instead"
+        )
+    layers = tuple(
+        LayerReport(
+            name=name,
+            shape=tuple(already.tensors[f"{name}.weight"].shape),
+            quantized=True,
+            reason="FP8 in the file",
+            granularity=granularity_of(already.tensors[f"{name}.weight_scale"]),
+            bytes_before=already.tensors[f"{name}.weight"].nbytes,
+            bytes_after=already.tensors[f"{name}.weight"].nbytes
+            + already.tensors[f"{name}.weight_scale"].nbytes,
+        )
+        for name in already.scaled
+    )
+    note = f"{request.path.name} is FP8 already ({already.origin}); the settings here are not used"
+    logger.info(note)
+    counted = {f"{name}.{part}" for name in already.scaled for part in ("weight", "weight_scale")}
+    other = sum(t.nbytes for key, t in already.tensors.items() if key not in counted)
+    report = Fp8Report(layers=layers, notes=(note,), other_bytes=other)
+    return dict(already.tensors), report
+
+
+def _quantized(
+    tensors: Mapping[str, Tensor], request: Fp8Request, metadata: Mapping[str, str]
+) -> tuple[dict[str, Tensor], Fp8Report]:
+    skeleton = build_skeleton(tensors, metadata)
+    if skeleton is None:
+        raise ValueError(_unknown(request.path))
+    notes = [f"{request.path.name}: {skeleton.architecture}, quantised while reading"]
+    merge = None
+    if request.lora is not None and request.lora_strength != 0.0:
+        merge, merged = _lora_merge(skeleton, request)
+        notes.append(merged)
+    decisions = decide_layers(skeleton, tensors, request.policy)
+    stream = quantized_stream(
+        tensors, decisions, request.policy, comfy.model_management.get_torch_device(), merge
+    )
+    ready: dict[str, Tensor] = {}
+    layers: list[LayerReport] = []
+    other_bytes = 0
+    for streamed in reported(stream, total=len(tensors)):
+        ready.update(streamed.tensors)
+        if streamed.layer is not None:
+            layers.append(streamed.layer)
+        else:
+            other_bytes += sum(tensor.nbytes for tensor in streamed.tensors.values())
+    if not any(layer.quantized for layer in layers):
+        raise ValueError(
+            f"no layer of {request.path.name} is quantised by these patterns; its Linear layers "
+            f"are called {', '.join(layer.name for layer in layers[:3])}, …"
+        )
+    return ready, Fp8Report(layers=tuple(layers), notes=tuple(notes), other_bytes=other_bytes)
+
+
+def build_skeleton(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Skeleton | None:
+    """The model that ComfyUI would build for these tensors, on the meta device; None if unknown."""
+    config = comfy.model_detection.model_config_from_unet(dict(tensors), "", metadata=metadata)
+    if config is None:
+        return None
+    config.set_inference_dtype(torch.bfloat16, None)
+    model = config.get_model(dict(tensors), "", device="meta")
+    names = {id(tensor): key for key, tensor in tensors.items()}
+    renamed = config.process_unet_state_dict(dict(tensors))
+    module_keys = {names[id(t)]: key for key, t in renamed.items() if id(t) in names}
+    return Skeleton(config=config, model=model, module_keys=module_keys)
+
+
+def decide_layers(
+    skeleton: Skeleton, tensors: Mapping[str, Tensor], policy: Fp8Policy
+) -> dict[str, Decision]:
+    """A decision for the weight of every Linear, by its key in the file."""
+    linears = {
+        name for name, module in skeleton.model.diffusion_model.named_modules() if is_linear(module)
+    }
+    decisions = {}
+    for key in tensors:
+        name = skeleton.module_keys.get(key, "").removesuffix(".weight")
+        if key.endswith(".weight") and name in linears:
+            decisions[key] = policy.decide(name, skeleton.architecture)
+    return decisions
+
+
+def _lora_merge(skeleton: Skeleton, request: Fp8Request) -> tuple[Merge, str]:
+    """(key, tensor) -> merged tensor, and a sentence about what matched."""
+    file = comfy.utils.load_torch_file(str(request.lora), safe_load=True)
+    key_map = comfy.lora.model_lora_keys_unet(skeleton.model, {})
+    loaded = comfy.lora.load_lora(comfy.lora_convert.convert_lora(file), key_map)
+    patches: dict[str, list] = {}
+    for target, patch in loaded.items():
+        key, offset, function, *_ = (*_as_tuple(target), None, None)
+        patches.setdefault(key, []).append((request.lora_strength, patch, 1.0, offset, function))
+    targets = {
+        raw: patches[MODEL_PREFIX + key]
+        for raw, key in skeleton.module_keys.items()
+        if MODEL_PREFIX + key in patches
+    }
+    if not targets:
+        raise ValueError(
+            f"{request.lora.name} has no key for a layer of {request.path.name} "
+            f"(architecture {skeleton.architecture}): it was trained for another model"
+        )
+
+    def merge(key: str, tensor: Tensor) -> Tensor:
+        if key not in targets:
+            return tensor
+        return comfy.lora.calculate_weight(
+            targets[key], tensor.to(torch.float32, copy=True), key, intermediate_dtype=torch.float32
+        )
+
+    note = (
+        f"{request.lora.name} merged at {request.lora_strength:g} into {len(targets)} tensors "
+        f"before quantising ({len(patches) - len(targets)} of its targets are not in this model)"
+    )
+    logger.info(note)
+    return merge, note
+
+
+def _as_tuple(target: str | tuple) -> tuple:
+    """A patch target of ComfyUI: a key, or (key, slice of it[, function])."""
+    return (target,) if isinstance(target, str) else target
+
+
+def _use_fine_scales(patcher: ModelPatcher) -> None:
+    """Give every FP8 weight with more than one scale our layout, which ComfyUI's cannot hold."""
+    # not at the top: the pack must load where ComfyUI runs without comfy-kitchen
+    from .layout import registered_layout, with_fine_scale
+    from .patches import apply_patches_on_the_fly
+
+    fine = False
+    for name, module in patcher.model.diffusion_model.named_modules():
+        weight = module._parameters.get("weight")
+        if not _has_finer_scale_than_its_layout(weight):
+            continue
+        if not is_linear(module):
+            raise ValueError(f"{name} is not a Linear layer: add it to exclude_patterns")
+        module.weight = nn.Parameter(with_fine_scale(weight), requires_grad=False)
+        module.layout_type = registered_layout()
+        module.quant_format = format_name(weight._qdata.dtype, weight._params.scale)
+        module._full_precision_mm = True
+        fine = True
+    if fine:
+        apply_patches_on_the_fly(patcher)
+
+
+def _has_finer_scale_than_its_layout(weight: object) -> bool:
+    return (
+        isinstance(weight, QuantizedTensor)
+        and weight._layout_cls.startswith("TensorCoreFP8")
+        and weight._qdata.ndim == 2  # ComfyUI's banks of experts have a scale each
+        and weight._params.scale.numel() > 1
+    )
+
+
+def _unknown(path: Path) -> str:
+    return (
+        f"{path.name}: ComfyUI does not know this model by its tensors. Diffusers' own layout and "
+        "text encoders cannot be quantised while reading: load the model with Load Diffusion Model "
+        "and save it with Save Diffusion Model first"
+    )

@@ -1,0 +1,1 @@
+"""MagCache around the samplers of the host."""

@@ -1,0 +1,1 @@
+"""One LoRA run inside the host: what it is told, what it does, what it leaves behind."""
