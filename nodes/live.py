@@ -1,8 +1,8 @@
 """The route that the live charts ask while a widget moves; the only file that imports `server`.
 
-POST /braid/live/<noun>?panel=<who asks> with a node as the browser sees it answers the numbers that
+POST /braid/live/<noun> with a node as the browser sees it answers the numbers that
 `web/<noun>/chart.js` draws, or {"error": sentence} where the node itself would raise it, or
-{"message": sentence} where only a run can know.
+{"message": sentence} where only a run can know. The header Braid-Panel says who asks.
 
 Anyone who reaches the server may ask anything. Each answer takes a fraction of a second whatever
 the numbers are: that is the charts' own duty. Here questions are bounded in size, computed two at a
@@ -114,7 +114,7 @@ class LiveDesk:
 
     async def _in_turn(self, request: web.Request, noun: str, body: bytes) -> web.Response:
         """One computation of a panel at a time, and none for a question that it no longer asks."""
-        name = request.query.get("panel") or f"request {id(request)}"
+        name = request.headers.get("Braid-Panel") or f"request {id(request)}"
         panel = self._panels.setdefault(name, _Panel())
         panel.newest = request
         if panel.work:
