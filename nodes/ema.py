@@ -202,7 +202,7 @@ class BraidEmaSweep(io.ComfyNode):
                 io.String.Input(
                     "sigma_rels",
                     default="0.05, 0.1, 0.15, 0.2, 0.25",
-                    tooltip="Widths, separated by commas, spaces or lines; each above 0 and at "
+                    tooltip="Up to 64 widths, separated by commas, spaces or lines; each above 0 and at "
                     "most 0.28868, as a fraction of the run.",
                 ),
                 io.Combo.Input(
