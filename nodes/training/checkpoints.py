@@ -60,8 +60,8 @@ class BraidLoadCheckpoints(io.ComfyNode):
                     default="",
                     optional=True,
                     advanced=True,
-                    tooltip="Any other folder of this machine, as an absolute path; wins over folder. "
-                    "Empty = use folder.",
+                    tooltip="Any other folder of this machine, as an absolute path; wins over "
+                    "folder. Empty = use folder.",
                 ),
             ],
             outputs=[
