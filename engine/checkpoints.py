@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from .files import SafetensorsHeader, read_header
+from .folders import Search
 
 SHADOWS_SUFFIX = "-shadows.safetensors"
 """How the file with the EMA shadows of a run ends: `<run>-shadows.safetensors`."""
@@ -67,24 +68,24 @@ def epoch_of(path: Path, metadata: Mapping[str, str]) -> int | None:
     return int(in_metadata) if in_metadata.isdecimal() else None
 
 
-def find_checkpoints(folder: Path, pattern: str = "*.safetensors") -> Checkpoints:
+def find_checkpoints(
+    folder: Path, pattern: str = "*.safetensors", search: Search | None = None
+) -> Checkpoints:
     """The adapter files of `folder` that match a glob, in order of step where every file tells it.
 
     Left out: files of EMA shadows, which become `shadows` when there is one file of them, and files
     that were themselves merged from checkpoints (`modelspec.merged_from`).
     """
+    search = search or Search()
+    search.check(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; choose the one the run saved its files in")
-    if not pattern or Path(pattern).is_absolute() or ".." in Path(pattern).parts:
-        raise ValueError(
-            f"pattern {pattern!r}: give a glob of files in the folder, such as *.safetensors"
-        )
-    matching = sorted(path for path in folder.glob(pattern) if path.is_file())
-    headers = {
-        path: read_header(path)
-        for path in matching
-        if path.suffix == ".safetensors" and not path.name.endswith(SHADOWS_SUFFIX)
-    }
+    matching = sorted(search.files(folder, pattern))
+    headers = {}
+    for path in matching:
+        if path.suffix == ".safetensors" and not path.name.endswith(SHADOWS_SUFFIX):
+            search.spend(path)
+            headers[path] = read_header(path)
     files = [
         Checkpoint(path=path, step=step_of(path, header.metadata))
         for path, header in headers.items()
@@ -97,18 +98,18 @@ def find_checkpoints(folder: Path, pattern: str = "*.safetensors") -> Checkpoint
         )
     if all(file.step is not None for file in files):
         files.sort(key=lambda file: file.step or 0)
-    return Checkpoints(files=tuple(files), shadows=_shadows_beside(folder, files))
+    return Checkpoints(files=tuple(files), shadows=_shadows_beside(folder, files, search))
 
 
 def _is_merged(header: SafetensorsHeader) -> bool:
     return "modelspec.merged_from" in header.metadata
 
 
-def _shadows_beside(folder: Path, files: list[Checkpoint]) -> Path | None:
+def _shadows_beside(folder: Path, files: list[Checkpoint], search: Search) -> Path | None:
     """The shadow file whose run name starts every file; None when none or several do."""
     found = [
         path
-        for path in folder.glob(f"*{SHADOWS_SUFFIX}")
+        for path in search.files(folder, f"*{SHADOWS_SUFFIX}")
         if all(f.path.name.startswith(path.name.removesuffix(SHADOWS_SUFFIX)) for f in files)
     ]
     return found[0] if len(found) == 1 else None

@@ -14,6 +14,8 @@ from . import (
     timesteps,
     training,
 )
+from .ema_live import live_ema
+from .magcache.live import live_magcache
 
 NODES: list[type[io.ComfyNode]] = [
     *network.NODES,
@@ -26,10 +28,24 @@ NODES: list[type[io.ComfyNode]] = [
 ]
 """Every node of the pack, in menu order."""
 
+LIVE: dict[str, live.Chart] = {
+    "ema": live.Chart(nodes=("BraidPostHocEma",), compute=live_ema),
+    "magcache": live.Chart(nodes=("BraidMagCache", "BraidMagCachePlan"), compute=live_magcache),
+    "timesteps": live.Chart(
+        nodes=("BraidTimestepSampling", "BraidTimestepPreview"), compute=timesteps.live_timesteps
+    ),
+}
+"""noun -> its live chart; web/extension.js has the same in CHARTS."""
+
+
+def kinds() -> dict[str, type[io.ComfyNode]]:
+    """Node id -> class."""
+    return {node.define_schema().node_id: node for node in NODES}
+
 
 class BraidExtension(ComfyExtension):
     async def on_load(self) -> None:
-        live.add_routes()
+        live.add_routes(LIVE, kinds())
         outputs.sweep_in_background()
         await replacements.register()
 

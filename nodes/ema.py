@@ -8,88 +8,18 @@ from comfy_api.latest import io
 
 from ..engine.checkpoints import Checkpoints
 from ..engine.comfyui.progress import completed
-from ..engine.ema.average import (
-    SPACES,
-    AveragePlan,
-    averaged,
-    plan_average,
-    plan_for_order,
-    planned_order,
-    report_json,
-)
-from ..engine.ema.figure import cells, draw_reconstruction, draw_weights, ideal_curve
-from ..engine.ema.order import SORTS, selected
-from ..engine.ema.schedule import BetaRamp, MusubiPower, Power, Schedule
+from ..engine.ema.average import SPACES, averaged, plan_average, report_json
+from ..engine.ema.figure import draw_reconstruction, draw_weights
+from ..engine.ema.order import SORTS
+from ..engine.ema.schedule import Power
 from ..engine.ema.shadows import plan_reconstruction, reconstructed
-from . import live, sockets
+from . import sockets
+from .ema_fields import METHODS, parse_schedule, sigma_rel_input
+from .ema_live import chart_json
 from .outputs import next_file, shown_picture
-from .training.checkpoints import load_checkpoints
 
-EXAMPLE_COUNT = 10
-"""Checkpoints that the live chart shows while no run is known."""
-
-
-def _sigma_rel(default: float, tooltip: str) -> io.Float.Input:
-    return io.Float.Input(
-        "sigma_rel",
-        default=default,
-        min=0.0,
-        max=0.5,  # above 0.28868 the engine says why there is no such average
-        step=0.005,
-        round=0.0001,
-        tooltip=tooltip,
-    )
-
-
-def _beta(name: str, default: float, tooltip: str) -> io.Float.Input:
-    return io.Float.Input(
-        name, default=default, min=0.0, max=1.0, step=0.01, round=0.0001, tooltip=tooltip
-    )
-
-
-_METHODS = {
-    "sigma_rel": [
-        _sigma_rel(
-            0.2,
-            "Width of the average: its standard deviation over training time, as a fraction of the "
-            "run. Above 0, at most 0.28868 (all of the run alike). 0.05 follows the end, 0.2 is a "
-            "good start, 0.25 is broad. Exact weights for these files at these steps.",
-        )
-    ],
-    "beta": [
-        _beta(
-            "beta",
-            0.95,
-            "What is kept of the average at each further file, 0 to 1. Higher = more of the early "
-            "files: 0.95 leaves 63 % on the first of 10.",
-        )
-    ],
-    "beta_ramp": [
-        _beta("beta", 0.9, "Decay at the first merge, 0 to 1."),
-        _beta("beta2", 0.95, "Decay at the last merge, 0 to 1; linear in between."),
-    ],
-    "sigma_rel_musubi": [
-        _sigma_rel(
-            0.2,
-            "As musubi-tuner computes it, bit for bit: drops the oldest file, takes the files as "
-            "equally spaced. Above 0, at most 0.28868. For comparison; sigma_rel is better.",
-        )
-    ],
-}
-
-
-def parse_schedule(method: Mapping[str, Any]) -> Schedule:
-    """The `method` widgets as a schedule; ValueError says what is wrong."""
-    match dict(method):
-        case {"method": "sigma_rel", "sigma_rel": sigma_rel}:
-            return Power(sigma_rel=sigma_rel)
-        case {"method": "sigma_rel_musubi", "sigma_rel": sigma_rel}:
-            return MusubiPower(sigma_rel=sigma_rel)
-        case {"method": "beta_ramp", "beta": beta, "beta2": beta2}:
-            return BetaRamp(beta=beta, beta2=beta2)
-        case {"method": "beta", "beta": beta}:
-            return BetaRamp(beta=beta, beta2=beta)
-    raise ValueError(f"method {dict(method)}: choose one of {', '.join(_METHODS)} with its values")
+MOST_WIDTHS = 64
+"""LoRAs of a sweep: all of them are held in memory."""
 
 
 def _checkpoints_input() -> io.Input:
@@ -133,7 +63,7 @@ class BraidPostHocEma(io.ComfyNode):
                 _checkpoints_input(),
                 io.DynamicCombo.Input(
                     "method",
-                    options=[io.DynamicCombo.Option(key, value) for key, value in _METHODS.items()],
+                    options=[io.DynamicCombo.Option(key, value) for key, value in METHODS.items()],
                     tooltip="How the weights come about. sigma_rel: exact power-function average "
                     "over the real steps. beta, beta_ramp, sigma_rel_musubi: musubi-tuner's "
                     "merges, bit for bit.",
@@ -225,7 +155,7 @@ class BraidEmaReconstruct(io.ComfyNode):
             is_output_node=True,
             inputs=[
                 _checkpoints_input(),
-                _sigma_rel(
+                sigma_rel_input(
                     0.2,
                     "Width of the average as a fraction of the run, above 0, at most 0.28868. "
                     "0.05 to 0.25 come out within 0.8 % of the ideal profile; see report.",
@@ -272,8 +202,8 @@ class BraidEmaSweep(io.ComfyNode):
                 io.String.Input(
                     "sigma_rels",
                     default="0.05, 0.1, 0.15, 0.2, 0.25",
-                    tooltip="Widths, separated by commas, spaces or lines; each above 0 and at "
-                    "most 0.28868, as a fraction of the run.",
+                    tooltip="Up to 64 widths, separated by commas, spaces or lines; each above 0 and "
+                    "at most 0.28868, as a fraction of the run.",
                 ),
                 io.Combo.Input(
                     "source",
@@ -312,54 +242,15 @@ def parse_sigma_rels(text: str) -> list[float]:
     parts = text.replace(",", " ").split()
     if not parts:
         raise ValueError("sigma_rels is empty; write widths such as 0.1, 0.15, 0.2")
+    if len(parts) > MOST_WIDTHS:
+        raise ValueError(f"sigma_rels holds {len(parts)} widths; at most {MOST_WIDTHS} are swept")
     try:
         widths = [float(part) for part in parts]
     except ValueError as error:
         raise ValueError(
-            f"sigma_rels {text!r}: {error}; write numbers such as 0.1, 0.15, 0.2"
+            f"sigma_rels {text[:80]!r}: {error}; write numbers such as 0.1, 0.15, 0.2"
         ) from error
     return [Power(sigma_rel=width).sigma_rel for width in widths]
 
 
-def chart_json(plan: AveragePlan) -> dict[str, Any]:
-    """What web/ema/chart.js draws; numbers and names only."""
-    curve = ideal_curve(plan)
-    return plan.report() | {
-        "borders": cells(plan.order.times, plan.order.windowed).tolist(),
-        "ideal": None if curve is None else [axis.tolist() for axis in curve],
-    }
-
-
-def live_ema(node: live.LiveNode) -> dict[str, Any]:
-    """The chart for the widgets as they are, over the files of the linked run as far as known."""
-    values = {name: node.value(name) for name in ("method", "sort", "first", "last")}
-    schedule = parse_schedule(values["method"])
-    source = node.input("checkpoints")
-    if source is not None and source.node_id == "BraidLoadCheckpoints":
-        checkpoints = load_checkpoints(**source.values)
-        plan = plan_average(checkpoints, schedule, values["sort"], values["first"], values["last"])
-        return chart_json(plan) | {"note": ""}
-    steps = [] if source is None else _planned_steps(source)
-    if steps:
-        order, note = planned_order(steps, "steps"), "as the linked run will save them"
-    else:
-        order = planned_order(range(1, EXAMPLE_COUNT + 1), "files")
-        note = "an example: no run is linked yet"
-    chosen = selected(order, values["first"], values["last"])
-    return chart_json(plan_for_order(chosen, schedule)) | {"note": note}
-
-
-def _planned_steps(node: live.LiveNode) -> list[int]:
-    """Steps at which a Train LoRA node will save; none for other nodes, or while not known."""
-    options = node.input("options")
-    while options is not None and options.node_id != "BraidCheckpointing":
-        options = options.input("options")
-    if node.node_id != "BraidTrainLora" or options is None:
-        return []
-    every, last = options.value("save_every_n_steps"), options.value("save_last_n")
-    steps = list(range(every, node.value("steps") + 1, every)) if every else []
-    return steps[-last:] if last else steps
-
-
-live.LIVE["ema"] = live_ema
 NODES: list[type[io.ComfyNode]] = [BraidPostHocEma, BraidEmaReconstruct, BraidEmaSweep]

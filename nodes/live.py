@@ -1,98 +1,61 @@
 """The route that the live charts ask while a widget moves; the only file that imports `server`.
 
 POST /braid/live/<noun> with a node as the browser sees it answers the numbers that
-`web/<noun>/chart.js` draws, or {"error": sentence} where the node itself would raise it.
-A second chart is one function in LIVE, one chart module, and one row in web/extension.js.
+`web/<noun>/chart.js` draws, or {"error": sentence} where the node itself would raise it, or
+{"message": sentence} where only a run can know. The header Braid-Panel says who asks.
+
+Anyone who reaches the server may ask anything. Each answer takes a fraction of a second whatever
+the numbers are: that is the charts' own duty. Here questions are bounded in size, computed two at a
+time, and one after the other for each panel, of which only the newest counts.
 """
 
 import asyncio
+import json
 import logging
+import reprlib
+import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 from aiohttp import web
 
+from .live_node import DecidedByTheRunError, Kinds, LiveNode, parse_json, parse_live_node
+
 logger = logging.getLogger("comfyui_braid.live")
-
-
-class DecidedByTheRunError(ValueError):
-    """A chart needs a widget whose value comes from a linked node."""
+MOST_BYTES = 1 << 20
+MOST_OPEN = 32
+"""Questions that are computed or wait."""
+AT_A_TIME = 2
+SLOWEST_SECONDS = 10.0
+"""For a question to arrive."""
+LOOK_EVERY_SECONDS = 0.1
+LONGEST_SENTENCE = 1000
+BUSY = "The server answers many charts now; asking again soon."
+OVERTAKEN = "A newer question of this chart is being answered."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LiveNode:
-    """A node of the open graph: its widgets, and the Braid nodes linked to its inputs."""
+class Chart:
+    """A live chart."""
 
-    node_id: str
-    """The class of the node, as in the public contract."""
-    widgets: dict[str, Any]
-    """Widget values, dynamic combos nested; None where a linked node decides at run time."""
-    inputs: dict[str, "LiveNode | None"] = field(default_factory=dict)
-    """Linked node of each linked input; None for another pack's, whose output only a run knows."""
-
-    @property
-    def values(self) -> dict[str, Any]:
-        """Widget values as `execute` would get them; DecidedByTheRunError where one is unknown."""
-        return {name: self.value(name) for name in self.widgets}
-
-    def value(self, name: str) -> Any:
-        """One widget's value, for charts that need only some; DecidedByTheRunError likewise."""
-        value = self.widgets[name]
-        fields = value.items() if isinstance(value, dict) else [(name, value)]
-        for field_name, known in fields:
-            if known is None:
-                raise _decided_by_the_run(field_name)
-        return value
-
-    def input(self, name: str) -> "LiveNode | None":
-        """The node linked to an input, None without a link; DecidedByTheRunError likewise."""
-        if self.inputs.get(name, self) is None:
-            raise _decided_by_the_run(name)
-        return self.inputs.get(name)
+    nodes: tuple[str, ...]
+    """Ids of the nodes that show it."""
+    compute: Callable[[LiveNode], dict[str, Any]]
+    """From a node to the JSON that `web/<noun>/chart.js` draws, in a fraction of a second."""
 
 
-def _decided_by_the_run(name: str) -> DecidedByTheRunError:
-    return DecidedByTheRunError(
-        f"{name} comes from a linked node: run the graph to see its effect here."
-    )
+Charts = Mapping[str, Chart]
+"""noun -> its chart."""
 
 
-LIVE: dict[str, Callable[[LiveNode], dict[str, Any]]] = {}
-"""noun -> function from a node to the JSON that `web/<noun>/chart.js` draws."""
-
-
-def parse_live_node(body: Mapping[str, Any]) -> LiveNode:
-    """The browser's JSON (node_id, values, inputs) as a LiveNode."""
-    return LiveNode(
-        node_id=body["node_id"],
-        widgets=_nested(body["values"]),
-        inputs={
-            name: linked if linked is None else parse_live_node(linked)
-            for name, linked in body["inputs"].items()
-        },
-    )
-
-
-def _nested(widgets: Mapping[str, Any]) -> dict[str, Any]:
-    """`combo` and `combo.field`, as a dynamic combo's widgets are called, as one dict."""
-    values = {name: value for name, value in widgets.items() if "." not in name}
-    for name, value in widgets.items():
-        combo, _, inner = name.partition(".")
-        if inner and not isinstance(values[combo], dict):
-            values[combo] = {combo: values[combo]}
-        if inner:
-            values[combo][inner] = value
-    return values
-
-
-def add_routes() -> None:
+def add_routes(charts: Charts, kinds: Kinds) -> None:
     """Register the live route with the running ComfyUI server, if there is one."""
     from server import PromptServer
 
-    if not hasattr(PromptServer, "instance"):
-        return
-    PromptServer.instance.routes.post("/braid/live/{noun}")(_answer)
+    if hasattr(PromptServer, "instance"):
+        PromptServer.instance.routes.post("/braid/live/{noun}")(LiveDesk(charts, kinds).answer)
 
 
 def say(node_id: str | None, text: str) -> None:
@@ -103,29 +66,124 @@ def say(node_id: str | None, text: str) -> None:
         PromptServer.instance.send_progress_text(text, node_id)
 
 
-async def _answer(request: web.Request) -> web.Response:
-    compute = LIVE.get(request.match_info["noun"])
-    if compute is None:
-        known = ", ".join(sorted(LIVE))
-        error = f"unknown chart {request.match_info['noun']!r}; known: {known}"
-        return web.json_response({"error": error}, status=404)
-    try:
-        node = parse_live_node(await request.json())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return web.json_response({"error": f"not a node: {error!r}"}, status=400)
-    return web.json_response(await asyncio.to_thread(_computed, compute, node))
+class _Panel:
+    """Who asks: one chart of one browser."""
+
+    def __init__(self) -> None:
+        self.turn = asyncio.Lock()
+        self.newest: object = None
+        self.work: Future[tuple[int, str]] | None = None
 
 
-def _computed(compute: Callable[[LiveNode], dict[str, Any]], node: LiveNode) -> dict[str, Any]:
+class LiveDesk:
+    """Takes questions in, has them computed, and drops what nobody waits for."""
+
+    def __init__(self, charts: Charts, kinds: Kinds) -> None:
+        self._charts = charts
+        self._kinds = kinds
+        self._workers = ThreadPoolExecutor(AT_A_TIME, "braid-live")
+        self._panels: weakref.WeakValueDictionary[str, _Panel] = weakref.WeakValueDictionary()
+        self._open = 0
+
+    async def answer(self, request: web.Request) -> web.Response:
+        """The handler of the route."""
+        if self._open >= MOST_OPEN:
+            return _reply(503, {"message": BUSY, "again": True})
+        self._open += 1
+        try:
+            return await self._answered(request)
+        finally:
+            self._open -= 1
+
+    async def _answered(self, request: web.Request) -> web.Response:
+        noun = request.match_info["noun"]
+        if noun not in self._charts:
+            known = ", ".join(sorted(self._charts))
+            return _refusal(404, f"unknown chart {reprlib.repr(noun)}; known: {known}")
+        if request.content_type != "application/json":
+            return _refusal(415, "a question to a chart is application/json")
+        try:
+            body = await asyncio.wait_for(_read(request), SLOWEST_SECONDS)
+        except asyncio.TimeoutError:
+            return _refusal(408, f"the question did not arrive within {SLOWEST_SECONDS:g} s")
+        except web.RequestPayloadError:
+            return _refusal(400, "the question is not encoded as its headers say")
+        if len(body) > MOST_BYTES:
+            return _refusal(413, f"the question is longer than {MOST_BYTES} bytes")
+        return await self._in_turn(request, noun, body)
+
+    async def _in_turn(self, request: web.Request, noun: str, body: bytes) -> web.Response:
+        """One computation of a panel at a time, and none for a question that it no longer asks."""
+        name = request.headers.get("Braid-Panel") or f"request {id(request)}"
+        panel = self._panels.setdefault(name, _Panel())
+        panel.newest = request
+        if panel.work:
+            panel.work.cancel()  # where it has not begun; what has is soon done
+        async with panel.turn:
+            if panel.newest is not request or _has_left(request):
+                return _reply(409, {"message": OVERTAKEN, "again": True})
+            chart = self._charts[noun]
+            panel.work = self._workers.submit(answer_to, chart, noun, self._kinds, body)
+            done = asyncio.wrap_future(panel.work)
+            while not done.done():
+                await asyncio.wait({done}, timeout=LOOK_EVERY_SECONDS)
+                if _has_left(request):
+                    panel.work.cancel()
+            if done.cancelled():
+                return _reply(409, {"message": OVERTAKEN, "again": True})
+            status, text = done.result()
+            return web.Response(status=status, text=text, content_type="application/json")
+
+
+def _has_left(request: web.Request) -> bool:
+    """Whether nobody waits for the answer any more."""
+    return request.transport is None or request.transport.is_closing()
+
+
+async def _read(request: web.Request) -> bytes:
+    """The body, or what is one byte too many of it."""
+    body = bytearray()
+    async for chunk in request.content.iter_any():
+        body += chunk
+        if len(body) > MOST_BYTES:
+            break
+    return bytes(body)
+
+
+def _refusal(status: int, sentence: str) -> web.Response:
+    return _reply(status, {"error": sentence})
+
+
+def _reply(status: int, answer: Mapping[str, Any]) -> web.Response:
+    return web.json_response(answer, status=status)
+
+
+def answer_to(chart: Chart, noun: str, kinds: Kinds, body: bytes) -> tuple[int, str]:
+    """HTTP status and JSON text for a question as it came in."""
     try:
-        return compute(node)
+        node = parse_live_node(parse_json(body), kinds)
+        if node.node_id not in chart.nodes:
+            raise ValueError(f"{node.node_id} shows no chart {noun}")
+    except ValueError as refusal:
+        return 400, json.dumps({"error": _short(refusal)})
+    try:
+        return 200, json.dumps(computed(chart, node), allow_nan=False)
+    except ValueError:
+        return 200, json.dumps({"error": "a number of this chart is not finite"})
+
+
+def computed(chart: Chart, node: LiveNode) -> dict[str, Any]:
+    """The chart's answer, or one sentence."""
+    try:
+        return chart.compute(node)
     except DecidedByTheRunError as message:
-        return {"message": str(message)}
+        return {"message": _short(message)}
     except (ValueError, OSError) as error:
-        return {"error": str(error)}
-    except (KeyError, TypeError) as error:
-        logger.debug("live chart of %s", node, exc_info=True)
-        return {"error": f"{node.node_id} lacks a value or has one of the wrong kind: {error}"}
+        return {"error": _short(error)}
     except Exception as error:  # a damaged file, a full disk: the panel says so, not a lost reply
         logger.warning("live chart of %s", node.node_id, exc_info=True)
-        return {"error": f"{type(error).__name__}: {error} (the server's log says where)"}
+        return {"error": f"{type(error).__name__}: {_short(error)} (the server's log says where)"}
+
+
+def _short(error: Exception) -> str:
+    return str(error)[:LONGEST_SENTENCE]

@@ -8,7 +8,8 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io, ui
 
-from ..engine.names import FORBIDDEN_IN_NAMES, check_typed_path
+from ..engine.folders import Bounds, Search, SearchEndedError
+from ..engine.names import FORBIDDEN_IN_NAMES, check_local_path, check_typed_path
 from ..engine.writing import failures_said, remove_leftovers
 
 logger = logging.getLogger("comfyui_braid")
@@ -17,6 +18,8 @@ SUBFOLDERS = ("loras", "diffusion_models", "magcache")
 """Of output/, where the nodes write unless another place is typed; each may be a link."""
 RESCUED = "braid_rescued"
 A_DAY_S = 24 * 3600.0
+LISTED = Bounds(entries=50_000, seconds=2.0)
+"""Of a search for what a menu offers: the front end asks for all menus whenever it opens."""
 
 
 def output_folder() -> Path:
@@ -67,17 +70,20 @@ def shown_picture(image: io.Image.Type, cls: type[io.ComfyNode]) -> ui.PreviewIm
 
 
 def newest_first(folder: Path, pattern: str) -> list[Path]:
-    """The files below `folder` that match a glob, without links to nothing."""
+    """The files below `folder` that match a glob, without links to nothing; of a folder that holds
+    very many, those that were found in time."""
     written = {}
-    for path in folder.rglob(pattern):
-        with contextlib.suppress(OSError):  # a run may prune one meanwhile
-            written[path] = path.stat().st_mtime
+    with contextlib.suppress(SearchEndedError):
+        for path in Search(LISTED).files(folder, f"**/{pattern}"):
+            with contextlib.suppress(OSError):  # a run may prune one meanwhile
+                written[path] = path.stat().st_mtime
     return sorted(written, key=written.__getitem__, reverse=True)
 
 
 def inside_output(option: str, typed: str, below: str = "") -> Path:
     """A path inside output/`below`, links followed; ValueError for one that leads out of it."""
     check_typed_path(option, typed)
+    check_local_path(option, typed)
     root = (output_folder() / below).resolve()
     resolved = (root / typed).resolve()
     if not resolved.is_relative_to(root):

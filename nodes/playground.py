@@ -7,6 +7,9 @@ from ..engine.comfyui.playground import load_playground_model
 from ..engine.playground import captions, glyphs
 from . import sockets
 
+MOST_PIXELS = 64_000_000
+"""Of all pictures that are decoded at once, 0.8 GB."""
+
 
 class BraidPlaygroundModel(io.ComfyNode):
     @classmethod
@@ -53,7 +56,7 @@ class BraidPlaygroundDataset(io.ComfyNode):
                     "count",
                     default=40,
                     min=1,
-                    max=10000,
+                    max=glyphs.MOST_GLYPHS,
                     tooltip="Number of pictures; the ten letters come in turn.",
                 ),
                 io.Int.Input(
@@ -146,6 +149,13 @@ class BraidPlaygroundDecode(io.ComfyNode):
             raise ValueError(
                 f"latent is {tuple(samples.shape)}; Playground Decode takes latents (B, 16, H, W) "
                 "of the playground model, use VAE Decode for others"
+            )
+        count, _, height, width = samples.shape
+        pixels = count * 4 * height * width * scale**2
+        if pixels > MOST_PIXELS:
+            raise ValueError(
+                f"{pixels:.1e} pixels in all are more than {MOST_PIXELS:.1e}; lower scale, or "
+                "decode fewer or smaller latents"
             )
         pictures = glyphs.decode(samples)
         pictures = pictures.repeat_interleave(scale, dim=1).repeat_interleave(scale, dim=2)

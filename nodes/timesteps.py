@@ -3,12 +3,16 @@
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from comfy_api.latest import io
 
 from ..engine.timesteps.figure import draw_figure, subtitle, title
 from ..engine.timesteps.preview import (
+    MAX_BINS,
+    MAX_PIXELS,
+    MAX_SAMPLES,
     DrawnRun,
     Preview,
     PreviewSettings,
@@ -16,8 +20,12 @@ from ..engine.timesteps.preview import (
     measure_run,
 )
 from ..engine.timesteps.sampling import TimestepSampling
-from . import live, sockets
+from . import sockets
+from .live_node import LiveNode
 from .timestep_fields import MODE_FIELDS
+
+LIVE_SAMPLES = 200_000
+"""Draws of the live chart, a few hundredths of a second."""
 
 
 def build_sampling(
@@ -127,7 +135,7 @@ class BraidTimestepPreview(io.ComfyNode):
                     "width",
                     default=1024,
                     min=16,
-                    max=16384,
+                    max=MAX_PIXELS,
                     step=8,
                     tooltip="Width of a training image in pixels; the resolution shifts use it.",
                 ),
@@ -135,7 +143,7 @@ class BraidTimestepPreview(io.ComfyNode):
                     "height",
                     default=1024,
                     min=16,
-                    max=16384,
+                    max=MAX_PIXELS,
                     step=8,
                     tooltip="Height of a training image in pixels; the resolution shifts use it.",
                 ),
@@ -143,7 +151,7 @@ class BraidTimestepPreview(io.ComfyNode):
                     "bins",
                     default=50,
                     min=1,
-                    max=1000,
+                    max=MAX_BINS,
                     advanced=True,
                     tooltip="Equal bins of t from 0 to 1.",
                 ),
@@ -151,7 +159,7 @@ class BraidTimestepPreview(io.ComfyNode):
                     "samples",
                     default=100_000,
                     min=1,
-                    max=5_000_000,
+                    max=MAX_SAMPLES,
                     advanced=True,
                     tooltip="Draws that are counted: one epoch of a dataset of this many items. "
                     "Set it to your own number of items to see how uneven one epoch is.",
@@ -260,15 +268,19 @@ def _rounded(values: list[float]) -> list[float | None]:
     return [float(f"{value:.6g}") if math.isfinite(value) else None for value in values]
 
 
-def live_timesteps(node: live.LiveNode) -> dict[str, Any]:
-    """The chart of a sampling node at the preview's defaults, or of a preview as it is set."""
+def live_timesteps(node: LiveNode) -> dict[str, Any]:
+    """The chart of a sampling node at the preview's defaults, or of a preview as it is set; of an
+    epoch that would take long to draw, a part that is said to be one."""
     source = node if node.node_id == "BraidTimestepSampling" else node.input("timesteps")
     if source is None or source.node_id != "BraidTimestepSampling":
         return {"message": "Connect a Timestep Sampling node to timesteps to see its chart."}
     shown = {} if source is node else node.values
-    settings = PreviewSettings(sampling=build_sampling(**source.values), **shown)
-    return chart_json(measure_preview(settings))
+    epoch = PreviewSettings(sampling=build_sampling(**source.values), **shown)
+    drawn = replace(epoch, samples=min(epoch.samples, LIVE_SAMPLES))
+    chart = chart_json(measure_preview(drawn))
+    if drawn.samples < epoch.samples:
+        chart["subtitle"] += f" · {drawn.samples:,} of {epoch.samples:,} items; a run draws all"
+    return chart
 
 
-live.LIVE["timesteps"] = live_timesteps
 NODES: list[type[io.ComfyNode]] = [BraidTimestepSampling, BraidTimestepPreview]

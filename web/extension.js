@@ -1,6 +1,6 @@
 // @ts-check
 // The only file that touches ComfyUI's front end. A new live chart is one row in CHARTS, one module
-// web/<noun>/chart.js that exports name, heading() and draw(), and one function in nodes/live.py's LIVE.
+// web/<noun>/chart.js that exports name, heading() and draw(), and one row in LIVE of nodes/__init__.py.
 
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
@@ -28,13 +28,16 @@ const CHARTS = {
 const WIDGET = "braid_live";
 const LEAST_WIDTH = 380;
 const panels = new WeakMap();
+/** Tells this page's panels from those of other pages, which the server may answer at once. */
+const PAGE = Math.random().toString(36).slice(2);
+let panelCount = 0;
 
-/** POST /braid/live/<noun>; the answer is the JSON that the chart takes. */
-async function ask(noun, body, signal) {
+/** POST /braid/live/<noun>; the answer is the JSON that the chart takes. `panel`: who asks, of this page. */
+async function ask(noun, panel, body, signal) {
   try {
     const response = await api.fetchApi(`/braid/live/${noun}`, {
       method: "POST",
-      headers: { "Content-Type": "application/json" },
+      headers: { "Content-Type": "application/json", "Braid-Panel": `${PAGE} ${panel}` },
       body,
       signal,
     });
@@ -53,10 +56,11 @@ function described(node, extra) {
 
 /** Put a live chart at the end of the node. */
 function addChart(node, { noun, chart, height, extra, liveWins }) {
+  const number = ++panelCount;
   const panel = new LivePanel({
     chart,
     observe: () => JSON.stringify(described(node, extra)),
-    ask: (body, signal) => ask(noun, body, signal),
+    ask: (body, signal) => ask(noun, number, body, signal),
   });
   const widget = node.addDOMWidget(WIDGET, "BRAID_LIVE", panel.element, {
     serialize: false,

@@ -1,13 +1,14 @@
 """Post-hoc EMA of a run: which files count how much, and the averaged adapter itself."""
 
 import json
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..checkpoints import AdapterStateDict, Checkpoints
 from ..files import read_tensors, sshs_hashes, write_safetensors
+from ..folders import Search
 from .merge import Progress, merged_tensors, prepare_merge, write_merged
 from .one_run import check_one_run
 from .order import TrainedOrder, selected, trained_order
@@ -32,24 +33,30 @@ class AveragePlan:
 
     order: TrainedOrder
     schedule: Schedule
-    betas: tuple[float, ...]
+    betas: Floats
     """Decay at each merge, (N - 1,)."""
     weights: Floats
     """What each file counts in the end, (N,)."""
 
     def report(self) -> dict[str, Any]:
         """What a user needs to judge or repeat the average; plain JSON values."""
-        requested = requested_sigma_rel(self.schedule)
-        gamma = None if requested is None else gamma_from_sigma_rel(requested)
         return {
             "files": [path.name for path in self.order.files],
             "steps": list(self.order.times),
+            "betas": self.betas.tolist(),
+            "weights": self.weights.tolist(),
+            **self.summary(),
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """What the report says of all files together."""
+        requested = requested_sigma_rel(self.schedule)
+        gamma = None if requested is None else gamma_from_sigma_rel(requested)
+        return {
             "unit": self.order.unit,
             "order_from": self.order.order_from,
             "duplicates_left_out": [path.name for path in self.order.duplicates],
             "earlier_files_left_out": self.order.windowed,
-            "betas": list(self.betas),
-            "weights": self.weights.tolist(),
             "centre_of_mass": achieved_centre_of_mass(self.weights, self.order.times),
             "sigma_rel": achieved_sigma_rel(self.weights, self.order.times),
             "requested_centre_of_mass": None if gamma is None else centre_of_mass(gamma),
@@ -73,20 +80,14 @@ def plan_average(
     sort: str = "step",
     first: int = 1,
     last: int = 0,
+    search: Search | None = None,
 ) -> AveragePlan:
-    """Order the files, choose `first` to `last` (from 1; 0 = the newest) and weigh them."""
-    order = selected(trained_order(checkpoints.files, sort), first, last)
+    """Order the files, choose `first` to `last` (from 1; 0 = the newest) and weigh them.
+
+    `search` bounds what is read to find out whether two files of one step are the same.
+    """
+    order = selected(trained_order(checkpoints.files, sort, search), first, last)
     return plan_for_order(order, schedule)
-
-
-def planned_order(times: Sequence[float], unit: str) -> TrainedOrder:
-    """The order of a run whose files do not exist yet."""
-    return TrainedOrder(
-        files=tuple(Path(f"{unit.removesuffix('s')} {time:g}") for time in times),
-        times=tuple(float(time) for time in times),
-        unit=unit,
-        order_from="nothing yet: the files are still to come",
-    )
 
 
 def plan_for_order(order: TrainedOrder, schedule: Schedule) -> AveragePlan:
@@ -95,7 +96,7 @@ def plan_for_order(order: TrainedOrder, schedule: Schedule) -> AveragePlan:
     return AveragePlan(
         order=order,
         schedule=schedule,
-        betas=tuple(betas.tolist()),
+        betas=betas,
         weights=weights_from_betas(betas),
     )
 
@@ -110,7 +111,7 @@ def averaged(
     """
     if space not in SPACES:
         raise ValueError(f"space {space!r}: choose one of {', '.join(SPACES)}")
-    merge = prepare_merge(plan.order.files, plan.betas, follows_musubi(plan.schedule))
+    merge = prepare_merge(plan.order.files, plan.betas.tolist(), follows_musubi(plan.schedule))
     report = plan.report() | {"space": space}
     if space == "product":
         product = yield from average_products(merge)

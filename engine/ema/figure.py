@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,11 +23,45 @@ SIZE_INCHES, DPI = (8.0, 4.5), 128  # 1024 x 576 pixels
 BACKGROUND, INK, FAINT = "#1c1e24", "#e4e6eb", "#8b919e"
 CURVE_POINTS = 200
 WEIGHT, IDEAL, MARK = "#4cc2ff", "#ffb454", "#ff6b6b"
+MOST_BARS = 1000
+"""More checkpoints than a chart has pixels for share bars with their neighbours."""
 MIN_LABEL_WIDTH = 0.045
 """Fraction of the axis that a bar must span for its percentage to fit."""
 
 
-def cells(times: Sequence[float], windowed: bool) -> Floats:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bars:
+    """What is drawn of a plan: one bar for each checkpoint, or for several neighbours."""
+
+    names: tuple[str, ...]
+    """Name of the file, or of the first and the last."""
+    steps: Floats
+    """Training time of the (last) file, (B,)."""
+    borders: Floats
+    """Of the stretches of training time, (B + 1,)."""
+    weights: Floats
+    """What the files of the bar count together, (B,)."""
+
+
+def bars_of(plan: AveragePlan, most: int = MOST_BARS) -> Bars:
+    """The bars of a plan, at most so many; their areas are the weights whatever they hold."""
+    files, times = plan.order.files, np.asarray(plan.order.times)
+    edges = np.unique(np.linspace(0, len(files), min(len(files), most) + 1).astype(int))
+    spans = list(zip(edges.tolist(), edges[1:].tolist(), strict=False))
+    return Bars(
+        names=tuple(
+            files[start].name
+            if stop - start == 1
+            else f"{files[start].name} to {files[stop - 1].name}"
+            for start, stop in spans
+        ),
+        steps=times[edges[1:] - 1],
+        borders=cells(times, plan.order.windowed)[edges],
+        weights=np.add.reduceat(plan.weights, edges[:-1]),
+    )
+
+
+def cells(times: Sequence[float] | Floats, windowed: bool) -> Floats:
     """Borders of the stretch of training time that each checkpoint stands for, (N + 1,)."""
     knots = np.asarray(times, dtype=np.float64)
     middles = (knots[:-1] + knots[1:]) / 2
@@ -49,8 +84,8 @@ def draw_weights(plan: AveragePlan) -> Tensor:
     Bars are densities, so that their areas are the weights and compare with the profile.
     """
     figure, axes = _canvas()
-    times, weights = np.array(plan.order.times), plan.weights
-    borders = cells(plan.order.times, plan.order.windowed)
+    bars, times = bars_of(plan), np.asarray(plan.order.times)
+    borders, weights = bars.borders, bars.weights
     widths = np.maximum(np.diff(borders), times[-1] * 1e-3)
     heights = weights / widths
     sigma_rel = requested_sigma_rel(plan.schedule)

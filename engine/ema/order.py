@@ -1,21 +1,27 @@
 """In which order the checkpoints of a run were trained, and when."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from ..checkpoints import Checkpoint, epoch_of
 from ..files import read_header
+from ..folders import Search
+from .profile import Floats
 
 SORTS = ("step", "mtime", "given")
+CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainedOrder:
     """Checkpoint files, oldest first, with the training time of each."""
 
-    files: tuple[Path, ...]
-    times: tuple[float, ...]
+    files: Sequence[Path]
+    times: Sequence[float] | Floats
     """Strictly increasing, counted from the start of training."""
     unit: str
     """What `times` counts: steps, epochs, or files (equal spacing assumed)."""
@@ -27,7 +33,36 @@ class TrainedOrder:
     """Whether earlier files of the run were left out on purpose."""
 
 
-def trained_order(checkpoints: Sequence[Checkpoint], sort: str = "step") -> TrainedOrder:
+class PlannedFiles(Sequence[Path]):
+    """Names of files that do not exist yet, made when asked for: a run may plan a million."""
+
+    def __init__(self, times: Floats, noun: str) -> None:
+        self._times = times
+        self._noun = noun
+
+    def __len__(self) -> int:
+        return len(self._times)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return PlannedFiles(self._times[index], self._noun)
+        return Path(f"{self._noun} {self._times[index]:g}")
+
+
+def planned_order(times: Sequence[float], unit: str) -> TrainedOrder:
+    """The order of a run whose files do not exist yet."""
+    moments = np.asarray(times, dtype=np.float64)
+    return TrainedOrder(
+        files=PlannedFiles(moments, unit.removesuffix("s")),
+        times=moments,
+        unit=unit,
+        order_from="nothing yet: the files are still to come",
+    )
+
+
+def trained_order(
+    checkpoints: Sequence[Checkpoint], sort: str = "step", search: Search | None = None
+) -> TrainedOrder:
     """Order by training step or epoch, by modification time, or as given.
 
     `step` needs every file to say its step, or every file its epoch, in its metadata or name, so
@@ -38,7 +73,7 @@ def trained_order(checkpoints: Sequence[Checkpoint], sort: str = "step") -> Trai
         raise ValueError("no checkpoints to average; load a folder that holds some")
     match sort:
         case "step":
-            return _by_training_time(checkpoints)
+            return _by_training_time(checkpoints, search or Search())
         case "mtime":
             by_mtime = sorted(checkpoints, key=lambda item: item.path.stat().st_mtime_ns)
             return _in_this_order(by_mtime, "modification time")
@@ -66,7 +101,7 @@ def selected(order: TrainedOrder, first: int = 1, last: int = 0) -> TrainedOrder
     )
 
 
-def _by_training_time(checkpoints: Sequence[Checkpoint]) -> TrainedOrder:
+def _by_training_time(checkpoints: Sequence[Checkpoint], search: Search) -> TrainedOrder:
     known = {item.path: item.step for item in checkpoints if item.step is not None}
     unit, order_from = "steps", "step (metadata or name)"
     unstepped = [item.path for item in checkpoints if item.step is None]
@@ -85,7 +120,7 @@ def _by_training_time(checkpoints: Sequence[Checkpoint]) -> TrainedOrder:
     duplicates: list[Path] = []
     for path in ordered:
         if kept and known[path] == known[kept[-1]]:
-            _check_equal_tensors(kept[-1], path, f"{unit.removesuffix('s')} {known[path]}")
+            _check_equal_tensors(kept[-1], path, f"{unit.removesuffix('s')} {known[path]}", search)
             duplicates.append(path)
         else:
             kept.append(path)
@@ -114,15 +149,23 @@ def _in_this_order(checkpoints: Sequence[Checkpoint], order_from: str) -> Traine
     return TrainedOrder(files=files, times=equally_spaced, unit="files", order_from=order_from)
 
 
-def _check_equal_tensors(one: Path, other: Path, when: str) -> None:
-    if _data_bytes(one) != _data_bytes(other):
+def _check_equal_tensors(one: Path, other: Path, when: str, search: Search) -> None:
+    chunks = zip(_data(one, search), _data(other, search), strict=True)
+    if _data_size(one) != _data_size(other) or any(a != b for a, b in chunks):
         raise ValueError(
             f"{one.name} and {other.name} both say {when} but differ; leave one out, "
             "or sort by mtime or given"
         )
 
 
-def _data_bytes(path: Path) -> bytes:
+def _data_size(path: Path) -> int:
+    return path.stat().st_size - read_header(path).data_start
+
+
+def _data(path: Path, search: Search) -> Iterator[bytes]:
+    """What follows the header, chunk by chunk."""
     with path.open("rb") as file:
         file.seek(read_header(path).data_start)
-        return file.read()
+        for chunk in iter(functools.partial(file.read, CHUNK_BYTES), b""):
+            search.spend(path)
+            yield chunk

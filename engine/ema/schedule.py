@@ -6,6 +6,7 @@ Every schedule ends as one decay per further file, applied in training order:
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
 import numpy as np
 
@@ -15,7 +16,6 @@ from .profile import (
     cumulative_profile,
     gamma_from_sigma_rel,
     mean_cumulative_profile,
-    power_beta,
 )
 
 
@@ -73,22 +73,29 @@ def requested_sigma_rel(schedule: Schedule) -> float | None:
     return None if isinstance(schedule, BetaRamp) else schedule.sigma_rel
 
 
-def merge_betas(schedule: Schedule, times: Sequence[float], windowed: bool = False) -> Floats:
+def merge_betas(
+    schedule: Schedule, times: Sequence[float] | Floats, windowed: bool = False
+) -> Floats:
     """One decay per file after the first, (N - 1,); `times` as in `power_weights`."""
     merges = len(times) - 1
     match schedule:
         case BetaRamp(beta=beta, beta2=beta2):
-            last = max(merges - 1, 1)
-            return np.array([beta + (beta2 - beta) * (i / last) for i in range(merges)])
+            return beta + (beta2 - beta) * (np.arange(merges) / max(merges - 1, 1))
         case MusubiPower(sigma_rel=sigma_rel):
-            gamma = gamma_from_sigma_rel(sigma_rel)
-            return np.array([power_beta(gamma, i, 1) for i in range(1, merges + 1)])
+            return _musubi_betas(gamma_from_sigma_rel(sigma_rel), merges)
         case Power(sigma_rel=sigma_rel):
             gamma = gamma_from_sigma_rel(sigma_rel)
             return betas_from_weights(power_weights(gamma, times, windowed))
 
 
-def power_weights(gamma: float, times: Sequence[float], windowed: bool = False) -> Floats:
+def _musubi_betas(gamma: float, merges: int) -> Floats:
+    """`power_beta` of Eq. 127 at steps 1, 2, 3 …, by Python's own power as in musubi: numpy's may
+    differ in the last bit."""
+    kept = 1 - 1 / np.arange(1, merges + 1)
+    return np.fromiter(map(pow, kept.tolist(), repeat(gamma + 1)), np.float64, merges)
+
+
+def power_weights(gamma: float, times: Sequence[float] | Floats, windowed: bool = False) -> Floats:
     """Weights of snapshots at `times` under the power profile that ends at the last one, (N,).
 
     Between snapshots the parameters are taken to move in straight lines, which is exact for a
@@ -133,13 +140,13 @@ def weights_from_betas(betas: Floats) -> Floats:
     return np.append(1.0, 1.0 - betas) * kept_after
 
 
-def achieved_centre_of_mass(weights: Floats, times: Sequence[float]) -> float:
+def achieved_centre_of_mass(weights: Floats, times: Sequence[float] | Floats) -> float:
     """Mean training time of the average as a fraction of the last."""
     knots = np.asarray(times, dtype=np.float64)
     return float(weights @ knots / knots[-1]) if knots[-1] > 0 else 1.0
 
 
-def achieved_sigma_rel(weights: Floats, times: Sequence[float]) -> float:
+def achieved_sigma_rel(weights: Floats, times: Sequence[float] | Floats) -> float:
     """Standard deviation of the training time of the average as a fraction of the last."""
     knots = np.asarray(times, dtype=np.float64)
     if knots[-1] <= 0:

@@ -7,6 +7,7 @@ is the cumulative log-magnitude over sigma. It holds for any step count, shift, 
 
 import bisect
 import math
+import operator
 from collections.abc import Sequence
 
 
@@ -41,7 +42,7 @@ def interpolated(knots: Sequence[float], values: Sequence[float], at: float) -> 
     """Linear interpolation over falling `knots`; outside, the slope of the last segment goes on."""
     if len(knots) == 1:
         return values[0]
-    right = bisect.bisect_left([-knot for knot in knots], -at)
+    right = bisect.bisect_left(knots, -at, key=operator.neg)
     right = min(max(right, 1), len(knots) - 1)
     left = right - 1
     part = (knots[left] - at) / (knots[left] - knots[right])

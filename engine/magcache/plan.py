@@ -11,6 +11,8 @@ from .curve import falls
 
 FORMAT = "braid.magcache/1"
 POSITIVE, NEGATIVE = "positive", "negative"
+MOST_RATIOS = 10_000
+"""Values of one list: a run of more steps has never been measured."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -211,13 +213,16 @@ def plan_from_ratios(text: str) -> MagCachePlan:
 
 
 def _parse_line(line: str) -> tuple[float, ...]:
+    tokens = line.replace(" ", "").strip(",").split(",")
+    if len(tokens) > MOST_RATIOS:
+        raise ValueError(f"mag_ratios: {len(tokens)} values in one line; at most {MOST_RATIOS}")
     values = []
-    for token in line.replace(" ", "").strip(",").split(","):
+    for token in tokens:
         try:
             values.append(float(token))
         except ValueError:
             raise ValueError(
-                f"mag_ratios: {token!r} is not a number; expected a list like 1.0,1.02,0.98"
+                f"mag_ratios: {token[:40]!r} is not a number; expected a list like 1.0,1.02,0.98"
             ) from None
     return tuple(values)
 

@@ -4,6 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+MAX_PLANNED_K = 32
+"""Most steps in a row that the planned rule weighs; what it takes grows with the square of it."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MagCacheRule:
@@ -20,7 +23,7 @@ class MagCacheRule:
     """Ratios at other step counts: over sigma, or the nearest list entry as the authors do."""
 
     def __post_init__(self) -> None:
-        if self.threshold < 0:
+        if not self.threshold >= 0:  # not a number is not
             raise ValueError(f"threshold: got {self.threshold}, allowed are 0 and above")
         if not 0 <= self.retention_ratio <= 1:
             raise ValueError(f"retention_ratio: got {self.retention_ratio}, allowed is 0 to 1")
@@ -53,15 +56,15 @@ class PlannedRule:
     """Instead of `speedup`: the fewest evaluations whose predicted error stays below; 0 = off."""
 
     def __post_init__(self) -> None:
-        if self.speedup < 1:
+        if not self.speedup >= 1:
             raise ValueError(f"speedup: got {self.speedup}, allowed are 1 and above")
         if self.warmup_steps < 1:
             raise ValueError(f"warmup_steps: got {self.warmup_steps}, allowed are 1 and above")
-        if self.k < 0:
-            raise ValueError(f"k: got {self.k}, allowed are 0 and above")
+        if not 0 <= self.k <= MAX_PLANNED_K:
+            raise ValueError(f"k: got {self.k}, allowed are 0 to {MAX_PLANNED_K}")
         if self.predict not in ("extrapolate", "reuse"):
             raise ValueError(f"predict: got {self.predict!r}, allowed are extrapolate and reuse")
-        if self.max_error < 0:
+        if not self.max_error >= 0:
             raise ValueError(f"max_error: got {self.max_error}, allowed are 0 and above")
 
     @property

@@ -18,9 +18,14 @@ from .shortest_path import (
     jump_costs,
     least_error_paths,
     prediction_errors,
+    reuse_error,
 )
 
 FEW_STEPS = 10
+MAX_STEPS = 10_000
+"""Steps of a run that a schedule is made for, as many as ComfyUI's samplers take."""
+MAX_PLANNED_STEPS = 1_000
+"""Steps whose prediction errors are weighed: they are compared pair by pair."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,7 +43,8 @@ class Schedule:
     """Planned: predicted RMS error of the final latent (of the hidden state, for a calibration of
     blocks). Paper's rule: largest accumulated error."""
     predicted_rms: float | None
-    """Predicted RMS error of the final latent in latent units; None without a calibration of it."""
+    """Predicted RMS error of the final latent in latent units; None without a calibration of it,
+    or above MAX_PLANNED_STEPS."""
     planned: bool
     """True for the planned rule, False for the paper's."""
     extrapolate: bool
@@ -59,18 +65,23 @@ class Schedule:
     @property
     def predicted_from(self) -> dict[int, int]:
         """Each skipped step -> the computed step before it."""
-        skipped, computed, found = set(self.skipped), 0, {}
-        for step in range(self.steps):
-            if step in skipped:
-                found[step] = computed
-            else:
-                computed = step
-        return found
+        return predicted_from(self.steps, self.skipped)
 
     @property
     def speedup(self) -> float:
         """Steps over computed steps."""
         return self.steps / max(self.computed, 1)
+
+
+def predicted_from(steps: int, skipped: Sequence[int]) -> dict[int, int]:
+    """Each skipped step -> the computed step before it."""
+    predicted, computed, found = set(skipped), 0, {}
+    for step in range(steps):
+        if step in predicted:
+            found[step] = computed
+        else:
+            computed = step
+    return found
 
 
 def plan_schedule(
@@ -85,10 +96,11 @@ def plan_schedule(
     `sigmas`: the run's steps + 1 noise levels; where they do not fall, as when noise is added back
     in mid-run, nothing is skipped. `allowed`: steps that may be (default all). `knots`: where the
     ratios of a plan without its own noise levels lie; by default the run's schedule resampled to
-    the plan's number of steps. ValueError when `planned` has no calibration.
+    the plan's number of steps. ValueError when `planned` has no calibration, and for more steps
+    than MAX_STEPS, or MAX_PLANNED_STEPS of `planned`.
     """
-    sigmas = tuple(float(sigma) for sigma in sigmas)
     steps = len(sigmas) - 1
+    sigmas = tuple(float(sigma) for sigma in sigmas)
     allowed = [True] * steps if allowed is None else list(allowed)
     warnings = list(_few_steps(steps, rule))
     if isinstance(rule, PlannedRule) and not plan.calibrated:
@@ -102,9 +114,20 @@ def plan_schedule(
     if not falls(sigmas):
         warnings.append("the noise levels do not fall from step to step: every step is computed")
         return _nothing_skipped(sigmas, warnings)
+    _check_steps(steps, rule)
     if isinstance(rule, PlannedRule):
         return _planned(plan, sigmas, rule, allowed, warnings)
     return _magcache(plan, sigmas, rule, allowed, knots, warnings)
+
+
+def _check_steps(steps: int, rule: Rule) -> None:
+    if isinstance(rule, PlannedRule) and steps > MAX_PLANNED_STEPS:
+        raise ValueError(
+            f"rule 'planned' takes runs of up to {MAX_PLANNED_STEPS} steps, and this one has "
+            f"{steps}: choose rule 'magcache', or fewer steps"
+        )
+    if steps > MAX_STEPS:
+        raise ValueError(f"steps: got {steps}, MagCache takes runs of up to {MAX_STEPS}")
 
 
 def _few_steps(steps: int, rule: Rule) -> list[str]:
@@ -156,7 +179,7 @@ def _magcache(
         skipped=tuple(skipped),
         accumulated=tuple(errors),
         error=max(errors),
-        predicted_rms=_predicted_rms(plan, sigmas, skipped) if _of_latents(plan) else None,
+        predicted_rms=_predicted_rms(plan, sigmas, skipped),
         planned=False,
         extrapolate=False,
         warnings=tuple(warnings),
@@ -168,27 +191,26 @@ def _of_latents(plan: MagCachePlan) -> bool:
     return plan.calibrated and plan.conditions.measure == "latent"
 
 
-def _predicted_rms(plan: MagCachePlan, sigmas: Sequence[float], skipped: Sequence[int]) -> float:
+def _predicted_rms(
+    plan: MagCachePlan, sigmas: Sequence[float], skipped: Sequence[int]
+) -> float | None:
     steps = len(sigmas) - 1
-    computed = [step for step in range(steps) if step not in set(skipped)]
-    reach = max((b - a for a, b in zip(computed, computed[1:], strict=False)), default=1)
-    errors, weights = _errors(plan, sigmas, reach, extrapolate=False)
-    gathered = gathered_errors(errors, weights, computed)
-    ends = [after - 1 for after in computed[1:]]
-    return math.fsum(gathered[end] for end in ends)
+    if not _of_latents(plan) or steps > MAX_PLANNED_STEPS:
+        return None
+    inner, weights = _inner_products(plan, sigmas), _weights(sigmas)
+    return reuse_error(inner, weights, predicted_from(steps, skipped))
 
 
-def _errors(
-    plan: MagCachePlan, sigmas: Sequence[float], reach: int, extrapolate: bool
-) -> tuple[Array, Array]:
-    """Prediction errors of the run's steps, and what each costs the final latent to first order.
+def _inner_products(plan: MagCachePlan, sigmas: Sequence[float]) -> Array:
+    """Of the run's steps, (N, N), from those that were measured."""
+    interpolate = interpolation_weights(plan.conditions.sigmas[:-1], sigmas[:-1])
+    return interpolate @ full_matrix(plan.inner_products) @ interpolate.T
 
-    An error e of the velocity over one step moves the latent by e |d sigma|.
-    """
-    at = np.asarray(sigmas)
-    interpolate = interpolation_weights(plan.conditions.sigmas[:-1], at[:-1])
-    inner = interpolate @ full_matrix(plan.inner_products) @ interpolate.T
-    return prediction_errors(inner, at[:-1], reach, extrapolate), np.abs(np.diff(at))
+
+def _weights(sigmas: Sequence[float]) -> Array:
+    """What each step's error costs the final latent to first order: an error e of the velocity
+    over one step moves it by e |d sigma|. (N,)"""
+    return np.abs(np.diff(sigmas))
 
 
 def _planned(
@@ -203,10 +225,11 @@ def _planned(
     may_skip = np.array(allowed)
     may_skip[:warmup] = False
     may_skip[-1] = False
-    errors, weights = _errors(plan, sigmas, rule.k, rule.predict == "extrapolate")
-    costs = jump_costs(errors, weights, may_skip)
-    least, came_from = least_error_paths(costs, warmup)
-    gap, evaluations = _choose(least[-1], steps, rule)
+    extrapolate, reach = rule.predict == "extrapolate", min(rule.k, steps)
+    inner, weights = _inner_products(plan, sigmas), _weights(sigmas)
+    errors = prediction_errors(inner, np.asarray(sigmas[:-1]), reach, extrapolate)
+    least, came_from = least_error_paths(jump_costs(errors, weights, may_skip), warmup)
+    gap, evaluations = _choose(least, steps, rule)
     reached = steps / evaluations
     if rule.max_error == 0 and reached < rule.speedup * 0.999:
         warnings.append(
@@ -216,12 +239,12 @@ def _planned(
     computed = computed_steps(came_from, gap, evaluations)
     return Schedule(
         sigmas=sigmas,
-        skipped=tuple(step for step in range(steps) if step not in set(computed)),
+        skipped=tuple(sorted(set(range(steps)) - set(computed))),
         accumulated=gathered_errors(errors, weights, computed),
-        error=float(least[-1, gap, evaluations]),
-        predicted_rms=float(least[-1, gap, evaluations]) if _of_latents(plan) else None,
+        error=float(least[gap, evaluations]),
+        predicted_rms=float(least[gap, evaluations]) if _of_latents(plan) else None,
         planned=True,
-        extrapolate=rule.predict == "extrapolate",
+        extrapolate=extrapolate,
         warnings=tuple(warnings),
     )
 

@@ -8,13 +8,15 @@ so its error ||r_i - r_hat|| is a quadratic form in the inner products of r_a, r
 depends on both. The state of the path is therefore the pair. w = 0 is plain reuse.
 """
 
-from collections.abc import Sequence
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
-Gaps = NDArray[np.int64]
+Gaps = NDArray[np.int8]
 
 
 def interpolation_weights(knots: Sequence[float], sigmas: Sequence[float]) -> Array:
@@ -94,25 +96,31 @@ def jump_costs(errors: Array, weights: Array, may_skip: NDArray[np.bool_]) -> Ar
     return costs
 
 
+def path_operations(steps: int, reach: int) -> int:
+    """How many additions `least_error_paths` makes, about: what its time goes with."""
+    return steps**2 * (reach + 1) ** 2 // 2
+
+
 def least_error_paths(costs: Array, warmup: int) -> tuple[Array, Gaps]:
     """Dynamic programme over (last computed step, gap to the one before, evaluations so far).
 
-    The first `warmup` steps are computed. Returns the least cost to be at each state, and the gap
-    of the state it was reached from; both (N, reach + 1, N + 1).
+    The first `warmup` steps are computed. Returns the least cost to end at each (gap, evaluations)
+    of the last step, (reach + 1, N + 1), and the gap that each state was reached from, (N,
+    reach + 1, N + 1). Of the costs on the way only the steps that are in reach are kept.
     """
     steps, gaps, jumps = costs.shape
-    least = np.full((steps, gaps, steps + 1), np.inf)
-    came_from = np.zeros((steps, gaps, steps + 1), dtype=np.int64)
-    least[warmup - 1, 0, warmup] = 0.0
+    least = defaultdict(lambda: np.full((gaps, steps + 1), np.inf))
+    came_from = np.zeros((steps, gaps, steps + 1), dtype=np.int8)  # reach is at most 32
+    least[warmup - 1][0, warmup] = 0.0
     for b in range(warmup - 1, steps - 1):
-        so_far = least[b, :, None, : b + 2]  # at most b + 1 evaluations
+        so_far = least.pop(b)[:, None, : b + 2]  # at most b + 1 evaluations
         through = so_far + costs[b][:, :, None]  # (gap, jump, evaluations)
         gap = through.argmin(axis=0)
         best = np.take_along_axis(through, gap[None], axis=0)[0]
         for jump in range(min(jumps, steps - 1 - b)):
-            least[b + jump + 1, jump, 1 : b + 3] = best[jump]
+            least[b + jump + 1][jump, 1 : b + 3] = best[jump]
             came_from[b + jump + 1, jump, 1 : b + 3] = gap[jump]
-    return least, came_from
+    return least[steps - 1], came_from
 
 
 def computed_steps(came_from: Gaps, gap: int, evaluations: int) -> list[int]:
@@ -135,3 +143,13 @@ def gathered_errors(errors: Array, weights: Array, computed: Sequence[int]) -> t
         for i in range(b + 1, end):
             gathered[i] = gathered[i - 1] + float(errors[b, gap - 1, i - b - 1] * weights[i])
     return tuple(gathered)
+
+
+def reuse_error(inner: Array, weights: Array, predicted_from: Mapping[int, int]) -> float:
+    """Sum of the weighted RMS errors of skipped steps, each predicted as the computed step before
+    it (`prediction_errors` without the line)."""
+    if not predicted_from:
+        return 0.0
+    i, b = np.array(list(predicted_from)), np.array(list(predicted_from.values()))
+    squared = inner[i, i] + inner[b, b] - 2 * inner[i, b]
+    return math.fsum(np.sqrt(np.maximum(squared, 0.0)) * weights[i])

@@ -19,6 +19,8 @@ Kind = Literal["lora", "loha", "lokr"]
 TargetMode = Literal["musubi", "whitelist"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 TARGET_MODES: tuple[TargetMode, ...] = get_args(TargetMode)
+MAX_RANK = 4096
+"""Above it an adapter is larger than the layers of most models."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,10 +81,11 @@ class NetworkSpec:
 
     def __post_init__(self) -> None:
         _refuse_other("network_type", self.kind, KINDS)
-        _check("network_dim", self.rank, self.rank >= 1, "1 or more")
+        allowed = f"1 or more, at most {MAX_RANK}"
+        _check("network_dim", self.rank, 1 <= self.rank <= MAX_RANK, allowed)
         _check("network_alpha", self.alpha, self.alpha >= 0, "0 (= network_dim) or more")
         if self.conv_rank is not None:
-            _check("conv_dim", self.conv_rank, self.conv_rank >= 1, "1 or more")
+            _check("conv_dim", self.conv_rank, 1 <= self.conv_rank <= MAX_RANK, allowed)
         _check("conv_alpha", self.conv_alpha, self.conv_alpha >= 0, "0 (= conv_dim) or more")
         for name, p in (
             ("network_dropout", self.neuron_dropout),

@@ -66,10 +66,16 @@ def caption_of(letter: str) -> str:
     return f"the letter {letter}" if letter else ""
 
 
+MOST_GLYPHS = 10_000
+"""Of one dataset: 0.3 GB of pictures and latents."""
+
+
 def draw_dataset(count: int, style: str = "plain", seed: int = 0) -> list[Glyph]:
     """`count` glyphs of one style, letters in turn, everything else drawn from `seed`."""
     if style not in STYLES:
         raise ValueError(f"unknown style {style!r}; choose one of {', '.join(STYLES)}")
+    if not 1 <= count <= MOST_GLYPHS:
+        raise ValueError(f"count is {count}; it must be 1 or more, at most {MOST_GLYPHS}")
     generator = np.random.default_rng(seed)
     return [random_glyph(generator, LETTERS[i % len(LETTERS)], style) for i in range(count)]
 

@@ -15,6 +15,9 @@ from torch import Tensor
 from .sampling import TimestepSampling
 from .stream import TimestepStream
 
+MAX_PIXELS, MAX_BINS, MAX_SAMPLES = 16_384, 1_000, 5_000_000
+"""Of an edge, of the figure, and of an epoch: as many as take seconds and less than 1 GB."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PreviewSettings:
@@ -34,9 +37,16 @@ class PreviewSettings:
     """Seed of the draw."""
 
     def __post_init__(self) -> None:
-        for name in ("width", "height", "bins", "samples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+        for name, most in (
+            ("width", MAX_PIXELS),
+            ("height", MAX_PIXELS),
+            ("bins", MAX_BINS),
+            ("samples", MAX_SAMPLES),
+        ):
+            if not 1 <= getattr(self, name) <= most:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}; it must be 1 or more, at most {most}"
+                )
 
     @property
     def cells(self) -> tuple[int, int]:

@@ -22,6 +22,8 @@ logger = logging.getLogger("comfyui_braid.training")
 WriteAdapter = Callable[[Path, Mapping[str, str]], None]
 """Write the network to a path with extra metadata, whole or not at all."""
 STEP_NAME = re.compile(r"-step(\d{8})\.")
+LATEST = "latest"
+"""The `resume` that means the furthest state of the run's own name."""
 BEST, VALIDATION_LOSS = "braid_best_so_far", "braid_validation_loss"
 
 
@@ -193,11 +195,11 @@ def free_folder(root: Path, output_name: str) -> Path:
 def find_state(root: Path, output_name: str, resume: str) -> Path | None:
     """The state file that `resume` names; None to start afresh.
 
-    "latest" is the furthest state of this output_name, None when there is none yet.
+    LATEST is the furthest state of this output_name, None when there is none yet.
     """
     if not resume:
         return None
-    if resume != "latest":
+    if resume != LATEST:
         path = Path(resume) if Path(resume).is_absolute() else root / resume
         if not path.is_file():
             raise ValueError(f"resume: there is no file {path}; choose a {STATE_SUFFIX} file")

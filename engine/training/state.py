@@ -34,7 +34,10 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
 
 def read_state(path: Path) -> dict[str, Any]:
     """What `write_state` wrote; ValueError when the file is damaged or something else."""
-    metadata = read_header(path).metadata
+    try:
+        metadata = read_header(path).metadata
+    except ValueError:  # which may quote the file, and it may be anybody's
+        raise ValueError(f"{path}: not a training state of Braid, or cut short") from None
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path}: not a training state of this version of Braid ({FORMAT})")
     try:

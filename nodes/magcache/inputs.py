@@ -1,23 +1,24 @@
-"""Inputs that the MagCache nodes share, their values as engine objects, and the live strip."""
+"""Inputs that the MagCache nodes share, and their values as engine objects."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from comfy_api.latest import io
 
-from ...engine.comfyui.magcache.patch import MagCacheSettings
 from ...engine.magcache.curve import resampled_sigmas
 from ...engine.magcache.plan import MagCachePlan, plan_from_ratios
 from ...engine.magcache.presets import preset_named, presets
-from ...engine.magcache.report import schedule_dict
-from ...engine.magcache.rules import MagCacheRule, PlannedRule, Rule
-from ...engine.magcache.schedule import Schedule, plan_schedule
-from .. import live, sockets
+from ...engine.magcache.rules import MAX_PLANNED_K, MagCacheRule, PlannedRule, Rule
+from .. import sockets
 from ..outputs import inside_output, newest_first, output_folder
 
 AUTO, FROM_RATIOS = "auto", "from mag_ratios"
 SUBFOLDER = "magcache"
+MOST_BYTES = 16 << 20
+"""Of a saved calibration: a thousand steps and their inner products."""
+MOST_DRAWN = 1_000
+"""Steps of a strip: each is one bar."""
 
 
 def preset_input(auto: bool) -> io.Combo.Input:
@@ -70,7 +71,7 @@ def _k_input() -> io.Int.Input:
         "k",
         default=6,
         min=0,
-        max=32,
+        max=MAX_PLANNED_K,
         tooltip="Most steps skipped in a row, in steps. 6 suits 50 steps, 2 or 3 suit 20. 0 "
         "turns the cache off.",
     )
@@ -176,6 +177,19 @@ def sigmas_for(plan: MagCachePlan, steps: int) -> tuple[float, ...]:
     return resampled_sigmas(plan.conditions.sigmas or (1.0, 0.0), steps)
 
 
+def levels_for(plan: MagCachePlan, steps: int, sigmas: Sequence[float] | None) -> Sequence[float]:
+    """The noise levels of the run to plan: those given, else the plan's own schedule."""
+    if sigmas is None:
+        if not 1 <= steps <= MOST_DRAWN:
+            raise ValueError(f"steps: got {steps}, MagCache Plan shows 1 to {MOST_DRAWN}")
+        return sigmas_for(plan, steps)
+    if not 2 <= len(sigmas) <= MOST_DRAWN + 1:
+        raise ValueError(
+            f"sigmas: got {len(sigmas)} values, MagCache Plan shows 2 to {MOST_DRAWN + 1}"
+        )
+    return sigmas
+
+
 def calibration_folder() -> Path:
     return output_folder() / SUBFOLDER
 
@@ -186,76 +200,17 @@ def calibration_files() -> list[str]:
     return [path.relative_to(folder).as_posix() for path in newest_first(folder, "*.json")]
 
 
-def load_calibration(name: str) -> MagCachePlan:
+def calibration_file(name: str) -> Path:
     """A saved calibration by its name in the combo; ValueError when there is none."""
     path = inside_output("file", name, SUBFOLDER)
     if not path.is_file():
         raise ValueError(f"file {name!r} is no saved calibration: save one, or refresh the list")
+    return path
+
+
+def load_calibration(name: str) -> MagCachePlan:
+    """What a saved calibration holds."""
+    path = calibration_file(name)
+    if path.stat().st_size > MOST_BYTES:
+        raise ValueError(f"file {name!r} is no saved calibration: it is over {MOST_BYTES >> 20} MB")
     return MagCachePlan.from_json(path.read_text(encoding="utf-8-sig"))  # editors add a mark
-
-
-def strip(schedule: Schedule, plan: MagCachePlan) -> dict[str, Any]:
-    """What `web/magcache/chart.js` draws; there an `error` would be a sentence."""
-    numbers = schedule_dict(schedule)
-    total_error = numbers.pop("error")
-    return {
-        **numbers,
-        "total_error": total_error,
-        "name": plan.name,
-        "rule": "planned" if schedule.planned else "magcache",
-    }
-
-
-def steps_in_range(settings: MagCacheSettings, steps: int) -> list[bool]:
-    """For every step, whether it may be skipped: on a model's own schedules the percentages of the
-    sampling process are shares of the steps."""
-    start, end = settings.start_percent, settings.end_percent
-    return [start <= step / steps < end for step in range(steps)]
-
-
-def live_magcache(node: live.LiveNode) -> dict[str, Any]:
-    """The strip of the steps that the node would skip; a sentence where only a run can know."""
-    plan, note = _live_plan(node)
-    if plan is None:
-        return {"message": note}
-    ends = ("start_percent", "end_percent")
-    settings = MagCacheSettings(
-        plan=plan,
-        rule=parse_rule(node.value("rule")),
-        **{name: node.value(name) for name in ends if name in node.widgets},
-    )
-    return planned_strip(settings, _live_steps(node) or plan.conditions.steps)
-
-
-def planned_strip(settings: MagCacheSettings, steps: int) -> dict[str, Any]:
-    """The strip of a run of so many steps on the plan's own schedule."""
-    sigmas, allowed = sigmas_for(settings.plan, steps), steps_in_range(settings, steps)
-    return strip(plan_schedule(settings.plan, sigmas, settings.rule, allowed), settings.plan)
-
-
-def _live_steps(node: live.LiveNode) -> int:
-    """Steps of the node itself, or of the sampler after it; 0 when neither says."""
-    if "steps" in node.widgets:
-        return int(node.value("steps"))
-    downstream = node.widgets.get("steps_downstream", 0)
-    if downstream is None:
-        raise live.DecidedByTheRunError(
-            "The sampler's steps come from a linked node: run the graph to see the strip here."
-        )
-    return int(downstream)
-
-
-def _live_plan(node: live.LiveNode) -> tuple[MagCachePlan | None, str]:
-    source = node.inputs.get("plan")
-    if source is not None and source.node_id == "BraidLoadCalibration":
-        return load_calibration(source.value("file")), ""
-    if "plan" in node.inputs:
-        return (
-            None,
-            "The steps show here once the connected plan has been measured: queue the graph.",
-        )
-    plan = plan_from_widgets(node.value("preset"), node.value("mag_ratios"))
-    return plan, "Preset auto recognises the model when the graph runs; the steps show here then."
-
-
-live.LIVE["magcache"] = live_magcache

@@ -19,20 +19,20 @@ from ...engine.writing import replaced_when_whole
 from .. import sockets
 from ..outputs import next_file, shown_picture
 from .inputs import (
+    MOST_DRAWN,
     SUBFOLDER,
+    calibration_file,
     calibration_files,
-    calibration_folder,
+    levels_for,
     load_calibration,
     parse_rule,
     plan_from_widgets,
     plan_input,
-    planned_strip,
     preset_input,
     ratios_input,
     rule_input,
-    sigmas_for,
-    strip,
 )
+from .live import planned_strip, strip
 
 
 def _measure_input(meaning: str) -> io.Combo.Input:
@@ -210,7 +210,7 @@ class BraidMagCachePlan(io.ComfyNode):
                 preset_input(auto=False),
                 ratios_input(),
                 io.Int.Input(
-                    "steps", default=28, min=1, max=1000, tooltip="Steps of the run to plan."
+                    "steps", default=28, min=1, max=MOST_DRAWN, tooltip="Steps of the run to plan."
                 ),
                 rule_input(),
                 plan_input(),
@@ -240,9 +240,7 @@ class BraidMagCachePlan(io.ComfyNode):
         sigmas: torch.Tensor | None = None,
     ) -> io.NodeOutput:
         plan = plan or plan_from_widgets(preset, mag_ratios)
-        levels = sigmas_for(plan, steps) if sigmas is None else sigmas.tolist()
-        if len(levels) < 2:
-            raise ValueError(f"sigmas: got {len(levels)} values, a run has at least 2")
+        levels = levels_for(plan, steps, None if sigmas is None else sigmas.tolist())
         schedule = plan_schedule(plan, levels, parse_rule(rule))
         image = as_image(schedule_picture(schedule, plan.name))
         report = json.dumps(schedule_dict(schedule), indent=1)
@@ -308,8 +306,16 @@ class BraidLoadCalibration(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, file: str | None) -> bool | str:
+        """One saved since the list was made may be typed; None where a linked node names it."""
+        try:
+            return file is None or bool(calibration_file(file))
+        except ValueError as refusal:
+            return str(refusal)
+
+    @classmethod
     def fingerprint_inputs(cls, file: str) -> float:
-        return (calibration_folder() / file).stat().st_mtime
+        return calibration_file(file).stat().st_mtime
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:

@@ -1,22 +1,28 @@
 """Load Checkpoints, the node that finds the adapter files of a run."""
 
-import os
 from pathlib import Path
 
 from comfy_api.latest import io
 
-from ...engine.checkpoints import Checkpoints, find_checkpoints
+from ...engine.checkpoints import SHADOWS_SUFFIX, Checkpoints, find_checkpoints
+from ...engine.folders import Bounds, Search
 from .. import sockets
 from ..outputs import loras_folder, newest_first
+from ..typed_paths import OwnFolders, path_for_a_run, refusal_of, typed_path
 
 TOP = "."
 """The choice that means output/loras itself."""
+LIVE_ENTRIES, LIVE_SECONDS = 5_000, 0.4
+
+
+def named_folder(folder: str, path: str = "") -> tuple[str, str]:
+    """(widget, text) that says where the files are: `path` wins."""
+    return ("path", path.strip()) if path.strip() else ("folder", folder.strip() or TOP)
 
 
 def chosen_folder(folder: str, path: str = "") -> Path:
-    """The folder that the widgets name: `path` wins; relative ones lie under output/loras."""
-    named = path.strip() or folder.strip() or TOP
-    return loras_folder() / os.path.expanduser(named)
+    """The folder that the widgets name, for a run; relative ones lie under output/loras."""
+    return path_for_a_run(*named_folder(folder, path), loras_folder())
 
 
 def _run_folders() -> list[str]:
@@ -54,8 +60,8 @@ class BraidLoadCheckpoints(io.ComfyNode):
                     default="",
                     optional=True,
                     advanced=True,
-                    tooltip="Any other folder, as an absolute path; wins over folder. Empty = use "
-                    "folder.",
+                    tooltip="Any other folder of this machine, as an absolute path; wins over "
+                    "folder. Empty = use folder.",
                 ),
             ],
             outputs=[
@@ -68,9 +74,9 @@ class BraidLoadCheckpoints(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, folder: str, path: str = "") -> bool:
-        """Any folder may be typed; whether it exists is said when the node runs."""
-        return True
+    def validate_inputs(cls, folder: str, path: str = "") -> bool | str:
+        """Any folder of this machine may be typed; whether it exists is said when the node runs."""
+        return refusal_of("folder", folder) or refusal_of("path", path) or True
 
     @classmethod
     def fingerprint_inputs(cls, folder: str, pattern: str, path: str = "") -> str:
@@ -78,16 +84,25 @@ class BraidLoadCheckpoints(io.ComfyNode):
         chosen = chosen_folder(folder, path)
         if not chosen.is_dir():
             return "no such folder"
-        # below it too: a pattern may name folders
-        files = sorted(file for file in chosen.rglob("*.safetensors") if file.is_file())
-        stats = ((file.relative_to(chosen).as_posix(), file.stat()) for file in files)
-        return repr([(name, stat.st_mtime_ns, stat.st_size) for name, stat in stats])
+        search, stats = Search(), {}
+        for glob in (pattern.strip(), f"*{SHADOWS_SUFFIX}"):
+            for file in search.files(chosen, glob):
+                stat = file.stat()
+                stats[file.relative_to(chosen).as_posix()] = stat.st_mtime_ns, stat.st_size
+        return repr(sorted(stats.items()))
 
     @classmethod
     def execute(cls, folder: str, pattern: str, path: str = "") -> io.NodeOutput:
-        return io.NodeOutput(load_checkpoints(folder, pattern, path))
+        return io.NodeOutput(find_checkpoints(chosen_folder(folder, path), pattern.strip()))
 
 
-def load_checkpoints(folder: str, pattern: str, path: str = "") -> Checkpoints:
-    """What the node gives for these widgets."""
-    return find_checkpoints(chosen_folder(folder, path), pattern.strip())
+def live_search() -> Search:
+    """What may be read while a graph is only looked at: little, and of ComfyUI's own folders."""
+    own = OwnFolders()
+    return Search(Bounds(entries=LIVE_ENTRIES, seconds=LIVE_SECONDS, check=own.check))
+
+
+def live_checkpoints(search: Search, folder: str, pattern: str, path: str = "") -> Checkpoints:
+    """What the node would give for these widgets."""
+    chosen = typed_path(*named_folder(folder, path), loras_folder())
+    return find_checkpoints(chosen, pattern.strip(), search)

@@ -3,9 +3,11 @@
 from comfy_api.latest import io
 
 from ...engine.training.options import Checkpointing, TrainingOptions
+from ...engine.training.saving import LATEST
 from ...engine.training.state import STATE_SUFFIX
 from .. import sockets
 from ..outputs import loras_folder, newest_first
+from ..typed_paths import path_for_a_run, refusal_of
 from .options import chained, options_input, options_output
 
 
@@ -49,7 +51,7 @@ class BraidCheckpointing(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "resume",
-                    options=["", "latest", *_states()],
+                    options=["", LATEST, *_states()],
                     default="",
                     tooltip="Go on from a saved state: latest of the run's output_name, or one of "
                     "those under output/loras. Empty: start afresh.",
@@ -60,9 +62,9 @@ class BraidCheckpointing(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, resume: str) -> bool:
-        """Any state may be typed; whether it exists is said when the run starts."""
-        return True
+    def validate_inputs(cls, resume: str | None) -> bool | str:
+        """Any state of this machine may be typed; whether it exists is said when the run starts."""
+        return refusal_of("resume", resume) or True
 
     @classmethod
     def execute(
@@ -74,6 +76,8 @@ class BraidCheckpointing(io.ComfyNode):
         resume: str,
         options: TrainingOptions | None = None,
     ) -> io.NodeOutput:
+        if resume not in ("", LATEST):
+            path_for_a_run("resume", resume, loras_folder())
         part = Checkpointing(
             save_every_n_steps=save_every_n_steps,
             save_last_n=save_last_n,

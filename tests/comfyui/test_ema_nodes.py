@@ -12,6 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 from host.awaiting import awaited
+from live_questions import chart_of
 from tiny_models import build
 
 import nodes as core_nodes
@@ -26,7 +27,6 @@ from comfyui_braid.nodes.ema import (
     BraidPostHocEma,
     parse_schedule,
 )
-from comfyui_braid.nodes.live import LIVE, parse_live_node
 from comfyui_braid.nodes.training import BraidCheckpointing
 from comfyui_braid.nodes.training import checkpoints as checkpoint_nodes
 from comfyui_braid.nodes.training.checkpoints import BraidLoadCheckpoints
@@ -252,7 +252,7 @@ def _prompt(folder, path=""):
 
 
 def test_the_host_accepts_a_folder_that_is_typed_and_not_offered(output, monkeypatch):
-    for node in (*NODES, *checkpoint_nodes.NODES):
+    for node in (*NODES, BraidLoadCheckpoints):
         monkeypatch.setitem(core_nodes.NODE_CLASS_MAPPINGS, node.define_schema().node_id, node)
     for folder in ("made/later", str(output / "elsewhere")):
         valid = awaited(execution.validate_prompt("id", _prompt(folder), None))
@@ -274,8 +274,8 @@ def test_any_folder_may_be_typed_in_either_widget(output):
 def test_the_fingerprint_changes_with_the_files_and_only_with_them(output):
     write_run(output / "loras" / "run", count=2)
 
-    def fingerprint():
-        return BraidLoadCheckpoints.fingerprint_inputs(folder="run", pattern="*", path="")
+    def fingerprint(pattern="*"):
+        return BraidLoadCheckpoints.fingerprint_inputs(folder="run", pattern=pattern, path="")
 
     before = fingerprint()
     assert fingerprint() == before
@@ -283,9 +283,10 @@ def test_the_fingerprint_changes_with_the_files_and_only_with_them(output):
     os.utime(path, (5, 5))
     touched = fingerprint()
     path.unlink()
-    fewer = fingerprint()
-    write_run(output / "loras" / "run" / "part_2", count=1)  # for the pattern */*.safetensors
-    assert len({before, touched, fewer, fingerprint()}) == 4
+    fewer, below = fingerprint(), fingerprint("*/*")
+    write_run(output / "loras" / "run" / "part_2", count=1)
+    assert len({before, touched, fewer, below, fingerprint("*/*")}) == 5
+    assert fingerprint() == fewer  # what the pattern does not name is not looked at
     assert (
         BraidLoadCheckpoints.fingerprint_inputs(folder="nowhere", pattern="*") == "no such folder"
     )
@@ -294,9 +295,7 @@ def test_the_fingerprint_changes_with_the_files_and_only_with_them(output):
 def browser_node(method, **linked):
     """A Post-Hoc EMA node as web/live/graph.js describes it."""
     values = {"method": method.pop("method")} | {f"method.{k}": v for k, v in method.items()}
-    return parse_live_node(
-        {"node_id": "BraidPostHocEma", "values": values | PLAIN, "inputs": linked}
-    )
+    return {"node_id": "BraidPostHocEma", "values": values | PLAIN, "inputs": linked}
 
 
 def test_the_live_chart_has_the_weights_of_a_run_of_the_node(output):
@@ -304,7 +303,7 @@ def test_the_live_chart_has_the_weights_of_a_run_of_the_node(output):
     source = {"folder": "run", "pattern": "*.safetensors", "path": ""}
     linked = {"node_id": "BraidLoadCheckpoints", "values": source, "inputs": {}}
     for method in METHODS:
-        chart = LIVE["ema"](browser_node(dict(method), checkpoints=linked))
+        chart = chart_of("ema", browser_node(dict(method), checkpoints=linked))
         report = json.loads(averaged(load(), method)[2])
         assert chart["weights"] == report["weights"] and chart["steps"] == report["steps"]
         json.dumps(chart, allow_nan=False)
@@ -318,9 +317,9 @@ def test_the_live_chart_shows_what_a_linked_training_will_save_and_else_an_examp
     }
     log = {"node_id": "BraidTrainingLog", "values": {}, "inputs": {"options": checkpointing}}
     train = {"node_id": "BraidTrainLora", "values": {"steps": 1100}, "inputs": {"options": log}}
-    planned = LIVE["ema"](browser_node(dict(SIGMA_REL), checkpoints=train))
+    planned = chart_of("ema", browser_node(dict(SIGMA_REL), checkpoints=train))
     assert planned["steps"] == [500, 750, 1000] and "will save" in planned["note"]
-    example = LIVE["ema"](browser_node(dict(SIGMA_REL)))
+    example = chart_of("ema", browser_node(dict(SIGMA_REL)))
     assert len(example["weights"]) == 10 and "example" in example["note"]
 
 
@@ -330,7 +329,7 @@ def test_the_live_chart_says_what_the_node_would_say(output):
         ({"method": "beta", "beta": 2.0}, "between 0 and 1"),
     ):
         with pytest.raises(ValueError, match=sentence):
-            LIVE["ema"](browser_node(method))
+            chart_of("ema", browser_node(method))
 
 
 def test_an_unknown_method_is_refused_and_names_the_known_ones():

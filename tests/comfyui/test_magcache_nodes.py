@@ -6,12 +6,11 @@ from pathlib import Path
 import folder_paths
 import pytest
 import torch
+from live_questions import chart_of
 from magcache_runs import sample
 from tiny_models import build
 
 from comfyui_braid.engine.comfyui.magcache.patch import magcache_of
-from comfyui_braid.nodes.live import LiveNode
-from comfyui_braid.nodes.magcache.inputs import live_magcache
 from comfyui_braid.nodes.magcache.nodes import (
     NODES,
     BraidLoadCalibration,
@@ -90,10 +89,10 @@ def test_the_strip_in_the_node_shows_the_steps_that_the_run_then_skips(preset, p
     (strip,) = output.ui["braid_live"]
     ran = reported(patched, run(patched, plan.conditions.steps))
     assert strip["skipped"] == ran["skipped_steps"] != []
-    widgets = dict(preset=plan.name, mag_ratios="0", rule=PAPER)
-    widgets.update(start_percent=start, end_percent=end)
-    live = live_magcache(LiveNode(node_id="BraidMagCache", widgets=widgets))
-    assert live["skipped"] == strip["skipped"]
+    widgets = dict(preset=plan.name, mag_ratios="0", start_percent=start, end_percent=end)
+    widgets |= {name if name == "rule" else f"rule.{name}": value for name, value in PAPER.items()}
+    body = {"node_id": "BraidMagCache", "values": widgets, "inputs": {}}
+    assert chart_of("magcache", body)["skipped"] == strip["skipped"]
 
 
 def test_a_saved_calibration_comes_back_also_after_an_editor_has_marked_it(model, folders):

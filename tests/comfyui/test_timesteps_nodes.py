@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
+from live_questions import chart_of, node_of
 
 from comfyui_braid.engine.timesteps.sampling import MODES, TimestepSampling
 from comfyui_braid.engine.timesteps.stream import TimestepStream
-from comfyui_braid.nodes.live import LIVE, DecidedByTheRunError, parse_live_node
+from comfyui_braid.nodes.live_node import DecidedByTheRunError
 from comfyui_braid.nodes.timesteps import NODES, BraidTimestepPreview, BraidTimestepSampling
 
 RANGE = dict(
@@ -78,7 +79,7 @@ def test_a_preview_shows_what_the_trainer_draws_with_that_seed(mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_live_answer_is_the_nodes_statistics_after_a_run(mode):
-    answer = LIVE["timesteps"](parse_live_node(browser_node(mode, num_timestep_buckets=4)))
+    answer = chart_of("timesteps", browser_node(mode, num_timestep_buckets=4))
     chosen = {"timestep_sampling": mode} | options()[mode]
     settings = RANGE | dict(num_timestep_buckets=4)
     sampling = BraidTimestepSampling.execute(timestep_sampling=chosen, **settings).result[0]
@@ -89,17 +90,17 @@ def test_the_live_answer_is_the_nodes_statistics_after_a_run(mode):
 
 
 def test_a_broken_setting_is_the_same_sentence_live_and_in_the_node():
-    node = parse_live_node(browser_node("shift", min_timestep=900, max_timestep=100))
+    body = browser_node("shift", min_timestep=900, max_timestep=100)
     with pytest.raises(ValueError) as live:
-        LIVE["timesteps"](node)
+        chart_of("timesteps", body)
     with pytest.raises(ValueError) as run:
-        BraidTimestepSampling.execute(**node.inputs["timesteps"].values)
+        BraidTimestepSampling.execute(**node_of(body).inputs["timesteps"].values)
     assert str(live.value) == str(run.value)
 
 
 def test_an_unlinked_preview_says_what_to_connect():
     node = browser_node("shift") | {"inputs": {}}
-    assert "Connect a Timestep Sampling node" in LIVE["timesteps"](parse_live_node(node))["message"]
+    assert "Connect a Timestep Sampling node" in chart_of("timesteps", node)["message"]
 
 
 def test_a_runs_loss_map_is_overlaid_and_reported_per_bin():
@@ -124,6 +125,6 @@ def test_a_loss_map_of_another_trainer_is_refused():
 
 
 def test_a_size_that_a_linked_node_decides_is_said_and_not_guessed():
-    node = parse_live_node(browser_node("shift") | {"values": PREVIEW | {"width": None}})
+    node = browser_node("shift") | {"values": PREVIEW | {"width": None}}
     with pytest.raises(DecidedByTheRunError, match="width comes from a linked node"):
-        LIVE["timesteps"](node)
+        chart_of("timesteps", node)

@@ -1,6 +1,8 @@
-"""Whatever is typed where a path belongs, nothing is written outside ComfyUI's output folder."""
+"""Whatever is typed where a path belongs, nothing is written outside ComfyUI's output folder, and
+nothing outside ComfyUI's folders is read before somebody queues the graph."""
 
 import os
+import sys
 from pathlib import Path
 
 import folder_paths
@@ -8,18 +10,23 @@ import matplotlib.font_manager  # noqa: F401  writes its list of fonts now, not 
 import pytest
 import torch
 from comfy_api.latest import io
+from live_questions import answer_of
 from tiny_models import build, conditioning, latent
 
 from comfyui_braid.engine.checkpoints import AdapterStateDict, Checkpoint, Checkpoints
 from comfyui_braid.engine.files import write_safetensors
 from comfyui_braid.engine.magcache.presets import preset_named
 from comfyui_braid.engine.network.spec import NetworkSpec
+from comfyui_braid.engine.training.saving import find_state
+from comfyui_braid.engine.training.state import read_state
 from comfyui_braid.nodes import fp8
 from comfyui_braid.nodes.ema import BraidPostHocEma
-from comfyui_braid.nodes.live import LIVE, _computed, parse_live_node
 from comfyui_braid.nodes.magcache.nodes import BraidLoadCalibration, BraidMagCacheCalibration
 from comfyui_braid.nodes.network import BraidSaveLora
+from comfyui_braid.nodes.training import checkpoints
+from comfyui_braid.nodes.training.checkpoints import BraidLoadCheckpoints
 from comfyui_braid.nodes.training.log import BraidTrainingLog
+from comfyui_braid.nodes.training.saving import BraidCheckpointing
 from comfyui_braid.nodes.training.train import BraidTrainLora
 
 UNUSABLE = {
@@ -43,6 +50,7 @@ TYPED = UNUSABLE | {
     "home": "~/x",
     "unicode": "日本語/絵 ñ",
 }
+ELSEWHERE = "The files lie outside ComfyUI's folders: run the graph to see them here."
 LORA = {
     "diffusion_model.x.lora_up.weight": torch.ones(4, 2),
     "diffusion_model.x.lora_down.weight": torch.ones(2, 4),
@@ -179,10 +187,178 @@ def test_only_a_calibration_below_its_folder_is_read(typed, world):
         BraidLoadCalibration.execute(typed)
 
 
-@pytest.mark.parametrize("typed", [*TYPED.values(), "~nobody_of_that_name", "/root/" + "x" * 300])
-def test_a_live_chart_answers_any_folder_with_a_sentence(typed, world):
-    linked = {"node_id": "BraidLoadCheckpoints", "values": {}, "inputs": {}}
-    linked["values"] = {"folder": typed, "pattern": "*.safetensors", "path": typed}
+def ema_behind(**loader):
+    """Post-Hoc EMA behind Load Checkpoints, as the browser describes an opened workflow."""
+    typed = {"folder": ".", "pattern": "*.safetensors", "path": ""} | loader
+    linked = {"node_id": "BraidLoadCheckpoints", "values": typed, "inputs": {}}
     values = {"method": "beta", "method.beta": 0.9, "sort": "step", "first": 1, "last": 0}
-    node = {"node_id": "BraidPostHocEma", "values": values, "inputs": {"checkpoints": linked}}
-    assert set(_computed(LIVE["ema"], parse_live_node(node))) == {"error"}
+    return {"node_id": "BraidPostHocEma", "values": values, "inputs": {"checkpoints": linked}}
+
+
+ANYWHERE = [*TYPED.values(), "/", "/etc", "..", "~", "~nobody_of_that_name", "/root/" + "x" * 300]
+
+
+@pytest.mark.parametrize("typed", ANYWHERE)
+@pytest.mark.parametrize("widget", ["folder", "path"])
+def test_a_live_chart_answers_any_folder_with_a_sentence(widget, typed, world):
+    assert set(answer_of("ema", ema_behind(**{widget: typed}))) <= {"error", "message"}
+
+
+class Reads:
+    """What Python opens and lists, heard from its own audit events while it listens."""
+
+    def __init__(self):
+        self.paths, self.listening = [], False
+        sys.addaudithook(self.hear)  # for good: there is no taking it off
+
+    def hear(self, event, arguments):
+        if self.listening and event in ("open", "os.scandir", "os.listdir", "glob.glob"):
+            self.paths.append(os.fsdecode(arguments[0]) if arguments[0] is not None else ".")
+
+    def during(self, call):
+        self.paths, self.listening = [], True
+        try:
+            call()
+        finally:
+            self.listening = False
+        return {path for path in self.paths if not path.endswith((".py", ".pyc"))}
+
+
+@pytest.fixture(scope="module")
+def reads():
+    return Reads()
+
+
+@pytest.mark.parametrize("typed", ANYWHERE)
+@pytest.mark.parametrize("pattern", ["*.safetensors", "**/*.safetensors", "*/*", "../*"])
+def test_an_opened_workflow_reads_nothing_outside_comfyuis_folders(typed, pattern, world, reads):
+    write_safetensors(world / "outside" / "x-step00000001.safetensors", LORA, {"ss_steps": "1"})
+    question = ema_behind(path=typed, pattern=pattern)
+    answer_of("ema", question)  # what a first call loads
+    seen = reads.during(lambda: answer_of("ema", question))
+    assert not [path for path in seen if not Path(path).is_relative_to(output())]
+
+
+def test_the_reads_are_heard(world, reads):
+    write_safetensors(output() / "loras" / "run" / "x-step00000001.safetensors", LORA, {})
+    seen = reads.during(lambda: answer_of("ema", ema_behind(path=str(output()), pattern="**/*")))
+    assert str(output() / "loras") in seen
+    assert any(path.endswith("x-step00000001.safetensors") for path in seen)
+
+
+@pytest.mark.parametrize("pattern", ["*.safetensors", "*/*.safetensors"])
+def test_a_link_that_leads_elsewhere_is_followed_by_a_run_only(pattern, world):
+    file = world / "outside" / "x-step00000001.safetensors"
+    write_safetensors(file, LORA, {"ss_steps": "1"})
+    (output() / "loras" / "linked.safetensors").symlink_to(file)
+    answer = answer_of("ema", ema_behind(pattern=pattern))
+    assert answer == {"message": ELSEWHERE}
+    found = BraidLoadCheckpoints.execute(folder=".", pattern=pattern).result[0]
+    assert [checkpoint.step for checkpoint in found.files] == [1]
+
+
+def test_folders_of_models_are_comfyuis_too(world, monkeypatch):
+    models = world / "models" / "loras"
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(models)], set()))
+    write_safetensors(models / "x-step00000001.safetensors", LORA, {"ss_steps": "1"})
+    assert answer_of("ema", ema_behind(path=str(models)))["count"] == 1
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "custom_nodes", ([str(world)], set()))
+    assert answer_of("ema", ema_behind(path=str(world)))["message"] == ELSEWHERE
+
+
+def test_a_folder_of_very_many_files_waits_for_the_run(world, monkeypatch):
+    monkeypatch.setattr(checkpoints, "LIVE_ENTRIES", 50)
+    crowded = output() / "loras" / "crowded"
+    crowded.mkdir()
+    for index in range(51):
+        (crowded / f"{index}.txt").touch()
+    assert "run the graph" in answer_of("ema", ema_behind(folder="crowded"))["message"]
+
+
+NEVER_READ = [
+    "//host/share",
+    "\\\\host\\share",
+    "/\\host",
+    " //host",
+    "\\\\?\\C:\\x",
+    "\\\\.\\pipe\\x",
+    "\\??\\UNC\\host\\share",
+]
+DEVICES = ["/dev", "/dev/stdin", "/proc/self", "/sys", "/x/../dev/fd", "../" * 40 + "dev"]
+
+
+@pytest.mark.parametrize("typed", NEVER_READ + DEVICES)
+def test_another_machine_and_a_device_are_refused_by_the_queue_and_by_the_run(typed, world, reads):
+    for refuse in (
+        lambda: BraidLoadCheckpoints.execute(folder=".", pattern="*", path=typed),
+        lambda: BraidLoadCheckpoints.fingerprint_inputs(folder=typed, pattern="*"),
+        lambda: checkpointing(typed),
+    ):
+        with pytest.raises(ValueError, match="another machine or a device|leads to .* a device"):
+            refuse()
+    for said in (
+        BraidLoadCheckpoints.validate_inputs(folder=typed, path=""),
+        BraidLoadCheckpoints.validate_inputs(folder=".", path=typed),
+        BraidCheckpointing.validate_inputs(resume=typed),
+    ):
+        assert "device" in said
+    assert not reads.during(lambda: BraidLoadCheckpoints.validate_inputs(folder=typed, path=typed))
+
+
+def test_a_link_to_a_device_is_refused_by_the_run(world):
+    (output() / "loras" / "way").symlink_to("/dev")
+    (output() / "loras" / "x.state").symlink_to("/proc/self/environ")
+    with pytest.raises(ValueError, match="folder leads to /dev, a device"):
+        BraidLoadCheckpoints.execute(folder="way", pattern="*")
+    with pytest.raises(ValueError, match="resume leads to /proc/.*, a device"):
+        checkpointing("x.state")
+
+
+@pytest.mark.parametrize("typed", ["", "latest", "run/x.state", "/elsewhere/x.state", None])
+def test_a_state_of_this_machine_may_be_typed(typed, world):
+    assert BraidCheckpointing.validate_inputs(resume=typed) is True
+    assert typed is None or checkpointing(typed).resume == typed
+
+
+def test_a_number_for_a_path_is_one_sentence_at_the_queue(world):
+    assert BraidLoadCheckpoints.validate_inputs(folder=5) == "folder is 5; it must be text"
+
+
+def checkpointing(resume):
+    widgets = dict(save_every_n_steps=1, save_last_n=0, save_state=True, ema_shadows=False)
+    return BraidCheckpointing.execute(**widgets, resume=resume).result[0].checkpointing
+
+
+SECRET = b"root:x:0:0:secret:/root:/bin/sh\n"
+FOREIGN = {
+    "text": SECRET * 40,
+    "a header of text": len(SECRET).to_bytes(8, "little") + SECRET,
+    "a header of JSON": (23).to_bytes(8, "little") + b'{"secret": {"secret":1}}',
+    "a header of bytes": (4).to_bytes(8, "little") + b"\xff\xfe\xfd\xfc",
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_no_word_of_a_foreign_file_is_in_a_refusal(kind, world):
+    path = world / "outside" / "passwd.safetensors"
+    path.write_bytes(FOREIGN[kind])
+    refusals = []
+    for read in (
+        lambda: read_state(path),
+        lambda: BraidLoadCheckpoints.execute(folder=".", pattern="*", path=str(path.parent)),
+    ):
+        with pytest.raises(ValueError, match="not a ") as refusal:
+            read()
+        refusals.append(str(refusal.value))
+        assert refusal.value.__suppress_context__ or refusal.value.__context__ is None
+    first_bytes = str(int.from_bytes(SECRET[:8], "little"))
+    for refusal in refusals:
+        assert not any(word in refusal for word in ("secret", first_bytes, "root:", "0xff"))
+    assert refusals[0].startswith(f"{path}: not a training state of Braid")
+
+
+def test_a_pipe_for_a_state_stops_nothing(world):
+    os.mkfifo(output() / "loras" / "pipe.state")
+    with pytest.raises(ValueError, match="there is no file"):
+        find_state(output() / "loras", "x", "pipe.state")

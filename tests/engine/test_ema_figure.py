@@ -3,9 +3,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from comfyui_braid.engine.ema.average import plan_for_order, planned_order
-from comfyui_braid.engine.ema.figure import cells, draw_reconstruction, draw_weights, ideal_curve
-from comfyui_braid.engine.ema.order import TrainedOrder
+from comfyui_braid.engine.ema.average import plan_for_order
+from comfyui_braid.engine.ema.figure import (
+    cells,
+    draw_reconstruction,
+    draw_weights,
+    ideal_curve,
+)
+from comfyui_braid.engine.ema.order import TrainedOrder, planned_order
 from comfyui_braid.engine.ema.schedule import BetaRamp, MusubiPower, Power
 from comfyui_braid.engine.ema.shadows import SIGMA_RELS, solve_reconstruction
 

@@ -1,6 +1,6 @@
 // @ts-check
-// Weight of each checkpoint over training time as SVG: draws the numbers of nodes/ema.py and
-// computes no weight.
+// Weight of each checkpoint over training time as SVG: draws the numbers of
+// nodes/ema_live.py and computes no weight.
 
 import { COLOURS, column, gap, label, line, path, short, svg, ticks } from "../live/svg.js";
 
@@ -10,11 +10,11 @@ const ROOM_FOR_MARKS = 3;
 
 export const name = "Weight of each checkpoint";
 
-/** What stands above the plot. @param {any} answer chart_json of nodes/ema.py */
+/** What stands above the plot. @param {any} answer chart_json of nodes/ema_live.py */
 export function heading(answer) {
-  const { steps, sigma_rel, requested_sigma_rel, unit, ideal } = answer;
+  const { count, sigma_rel, requested_sigma_rel, unit, ideal } = answer;
   const asked = requested_sigma_rel == null ? "" : `, requested ${requested_sigma_rel.toFixed(3)}`;
-  const files = steps.length === 1 ? "1 checkpoint" : `${steps.length} checkpoints`;
+  const files = count === 1 ? "1 checkpoint" : `${count} checkpoints`;
   const legend = [
     [`weight per ${singular(unit)} (area = weight)`, COLOURS.bars, "bar"],
     ideal && ["ideal profile", COLOURS.second, "line"],
@@ -35,7 +35,7 @@ function subtitle({ note, order_from, centre_of_mass, duplicates_left_out, earli
 }
 
 /**
- * @param {any} answer chart_json of nodes/ema.py
+ * @param {any} answer chart_json of nodes/ema_live.py
  * @param {{width: number, height: number}} size in CSS pixels
  */
 export function draw(answer, { width, height }) {

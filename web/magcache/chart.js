@@ -1,5 +1,5 @@
 // @ts-check
-// The steps a run will skip, as SVG: draws the numbers of nodes/magcache/inputs.py, decides nothing.
+// The steps a run will skip, as SVG: draws the numbers of nodes/magcache/live.py, decides nothing.
 
 import { COLOURS, column, label, line, short, svg } from "../live/svg.js";
 
@@ -9,7 +9,7 @@ const ROOM_FOR_STEP = 38;
 
 export const name = "Steps that MagCache skips";
 
-/** What stands above the plot. @param {any} answer strip() of nodes/magcache/inputs.py */
+/** What stands above the plot. @param {any} answer strip() of nodes/magcache/live.py */
 export function heading({ computed, steps, speedup, warnings, ...rest }) {
   const more = warnings.length > 1 ? ` (and ${warnings.length - 1} more)` : "";
   return {
@@ -32,7 +32,7 @@ function subtitle({ name, rule, predict, total_error, predicted_rms }) {
 }
 
 /**
- * @param {any} answer strip() of nodes/magcache/inputs.py
+ * @param {any} answer strip() of nodes/magcache/live.py
  * @param {{width: number, height: number}} size in CSS pixels
  */
 export function draw(answer, { width, height }) {
