@@ -8,6 +8,7 @@ from ..engine.ema.figure import bars_of, ideal_curve
 from ..engine.ema.order import planned_order, selected
 from ..engine.ema.schedule import Schedule
 from ..engine.folders import SearchEndedError
+from ..engine.training.options import Checkpointing
 from .ema_fields import parse_schedule
 from .live_node import DecidedByTheRunError, LiveNode
 from .training.checkpoints import live_checkpoints, live_search
@@ -69,6 +70,8 @@ def _planned_steps(node: LiveNode) -> Sequence[int]:
         options = options.input("options")
     if node.node_id != "BraidTrainLora" or options is None:
         return ()
-    every, last = options.value("save_every_n_steps"), options.value("save_last_n")
-    steps = range(every, node.value("steps") + 1, every) if every else range(0)
-    return steps[-last:] if last else steps
+    checkpointing = Checkpointing(
+        save_every_n_steps=options.value("save_every_n_steps"),
+        save_last_n=options.value("save_last_n"),
+    )
+    return checkpointing.kept(checkpointing.saving_steps(node.value("steps")))

@@ -24,6 +24,6 @@ class PlaygroundDenoiser:
     def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         return noise - latents
 
-    def predict(self, noised: Tensor, t: Tensor, conditioning: Sequence[str]) -> Tensor:
+    def raw_output(self, noised: Tensor, t: Tensor, conditioning: Sequence[str]) -> Tensor:
         context, pooled = zip(*(embed_caption(caption) for caption in conditioning), strict=True)
         return self.model(noised, t, torch.cat(context), torch.cat(pooled))

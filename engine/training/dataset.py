@@ -17,7 +17,7 @@ class TrainingItem:
     latents: Tensor
     """(C, H, W) or (C, T, H, W), in the scale the denoiser trains on."""
     conditioning: Any
-    """Whatever the denoiser's `predict` takes for one item."""
+    """Whatever the denoiser's `raw_output` takes for one item."""
     batch_key: Hashable
     """Items may share a batch when these are equal (shapes of latents and conditioning)."""
 

@@ -15,7 +15,7 @@ from ..network.attach import Network, check_weight_norms, scale_weight_norms
 from ..timesteps.stream import TimestepStream
 from .dataset import Dataset
 from .history import LossHistory, StepRecord
-from .objective import Denoiser, sample_losses
+from .objective import Denoiser, denoising_losses
 from .optimizer import Optimization
 from .plan import TrainingPlan
 from .seeds import derived_seed, torch_generator
@@ -174,13 +174,9 @@ class TrainingRun:
         ).to(self.device)
         at = t.to(self.device, torch.float32)
         with self._dropout_seeded(micro_step):
-            prediction = self.denoiser.predict(
-                self.denoiser.noised_input(latents, noise, at),
-                at,
-                [item.conditioning for item in items],
-            )
-            samples = sample_losses(
-                prediction, self.denoiser.target(latents, noise, at), self.plan.loss_type
+            conditioning = [item.conditioning for item in items]
+            samples = denoising_losses(
+                self.denoiser, latents, noise, at, conditioning, self.plan.loss_type
             )
             weight = self.timesteps.sampling.loss_weight(t).to(samples)
             loss = (weight * samples).mean()

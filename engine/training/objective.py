@@ -21,7 +21,7 @@ class Denoiser(Protocol):
         """What the model should answer (velocity, noise or v), float32."""
         ...
 
-    def predict(self, noised: Tensor, t: Tensor, conditioning: Sequence[Any]) -> Tensor:
+    def raw_output(self, noised: Tensor, t: Tensor, conditioning: Sequence[Any]) -> Tensor:
         """What the model answers, float32, differentiable with respect to the network."""
         ...
 
@@ -37,3 +37,16 @@ def sample_losses(prediction: Tensor, target: Tensor, loss_type: str = "mse") ->
     """Loss of each sample (B,), the mean over its elements, in float32."""
     losses = ELEMENTWISE[loss_type](prediction.float(), target.float(), reduction="none")
     return losses.flatten(1).mean(dim=1)
+
+
+def denoising_losses(
+    denoiser: Denoiser,
+    latents: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    conditioning: Sequence[Any],
+    loss_type: str = "mse",
+) -> Tensor:
+    """Loss of each sample (B,) at its noise level `t` (B,): noise, prediction, target, loss."""
+    prediction = denoiser.raw_output(denoiser.noised_input(latents, noise, t), t, conditioning)
+    return sample_losses(prediction, denoiser.target(latents, noise, t), loss_type)

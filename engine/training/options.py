@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+Step = TypeVar("Step")
 LOG_TARGETS = ("tensorboard", "wandb", "all")
 
 
@@ -27,6 +28,15 @@ class Checkpointing:
         for name in ("save_every_n_steps", "save_last_n"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 (off) or more")
+
+    def saving_steps(self, steps: int) -> range:
+        """The steps after which a run of `steps` saves its adapter."""
+        every = self.save_every_n_steps
+        return range(every, steps + 1, every) if every else range(0)
+
+    def kept(self, saved: Sequence[Step]) -> Sequence[Step]:
+        """Those of the `saved` steps, oldest first, whose files stay; the best one stays too."""
+        return saved[-self.save_last_n :] if self.save_last_n else saved
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -41,10 +41,9 @@ def room_needed(
 ) -> RoomNeeded:
     """`parameters`: trained numbers; `steps`: those still to do; `shadows`: averages kept."""
     adapter = BYTES_PER_PARAMETER * parameters
-    every, last = checkpointing.save_every_n_steps, checkpointing.save_last_n
-    checkpoints = steps // every if every else 0
-    if last:
-        checkpoints = min(checkpoints, last + BEING_WRITTEN)
+    checkpoints = len(checkpointing.saving_steps(steps))
+    if checkpointing.save_last_n:
+        checkpoints = min(checkpoints, checkpointing.save_last_n + BEING_WRITTEN)
     kept = shadows if checkpointing.ema_shadows else 0
     return RoomNeeded(
         adapter=adapter,

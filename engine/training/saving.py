@@ -52,8 +52,7 @@ class Saver:
         self._final_step: int | None = None
 
     def is_due(self, step: int) -> bool:
-        every = self.checkpointing.save_every_n_steps
-        return every > 0 and step % every == 0
+        return step in self.checkpointing.saving_steps(step)
 
     @property
     def last_saved(self) -> int | None:
@@ -149,12 +148,10 @@ class Saver:
 
     def prune(self, run: TrainingRun) -> None:
         """Keep the last N by count, and the best."""
-        keep = self.checkpointing.save_last_n
-        if not keep:
-            return
         _, best = min(self._scored(run), default=(math.inf, None))
-        for step in sorted(self._saved)[:-keep]:
-            if step != best:
+        kept = {best, *self.checkpointing.kept(sorted(self._saved))}
+        for step in sorted(self._saved):
+            if step not in kept:
                 with contextlib.suppress(OSError):  # in use, on Windows: it goes next time
                     self._saved[step].unlink(missing_ok=True)
                     self._saved[step].with_suffix(STATE_SUFFIX).unlink(missing_ok=True)

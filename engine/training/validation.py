@@ -8,7 +8,7 @@ from ..timesteps.sampling import TimestepSampling
 from .dataset import TrainingItem
 from .history import ValidationRecord
 from .loop import TrainingRun, TrainingStep
-from .objective import sample_losses
+from .objective import denoising_losses
 from .options import Validation
 from .seeds import torch_generator
 
@@ -49,14 +49,13 @@ class Validator:
             generator = torch_generator(self._told.seed, "validation noise", index, n)
             noise = torch.randn(latents.shape, generator=generator).to(run.device)
             t = torch.tensor([level], dtype=torch.float32, device=run.device)
-            prediction = run.denoiser.predict(
-                run.denoiser.noised_input(latents, noise, t), t, [item.conditioning]
+            loss = denoising_losses(
+                run.denoiser, latents, noise, t, [item.conditioning], run.plan.loss_type
             )
-            target = run.denoiser.target(latents, noise, t)
-            yield level, float(sample_losses(prediction, target, run.plan.loss_type))
+            yield level, float(loss)
 
     def _levels(self, sampling: TimestepSampling, item: TrainingItem) -> list[float]:
-        """Midpoints of equal shares of the run's own law of t."""
+        """Midpoints of equal shares of the run's own distribution of t."""
         count = self._told.timesteps_per_item
         u = (torch.arange(count, dtype=torch.float64) + 0.5) / count
         height, width = item.latents.shape[-2:]

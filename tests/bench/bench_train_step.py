@@ -132,7 +132,7 @@ class Ours:
         noised = denoiser.noised_input(latents, noise, t)
         if not self.adapters:
             noised.requires_grad_()
-        prediction = denoiser.predict(noised, t, [cond])
+        prediction = denoiser.raw_output(noised, t, [cond])
         return (prediction - denoiser.target(latents, noise, t)).square().mean()
 
 

@@ -79,7 +79,7 @@ def batch(denoiser, name: str, size: int = 2, tokens: int = 6, dtype=torch.float
 
 def loss_of(denoiser, latents, noise, t, conditioning):
     noised = denoiser.noised_input(latents, noise, t)
-    prediction = denoiser.predict(noised, t, conditioning)
+    prediction = denoiser.raw_output(noised, t, conditioning)
     return (prediction - denoiser.target(latents, noise, t)).square().mean()
 
 

@@ -208,7 +208,7 @@ def test_nothing_before_the_first_adapter_is_tracked_and_the_latent_needs_no_gra
     with training_session(build(name), compute_dtype=torch.float32) as denoiser:
         data = batch(denoiser, name)
         noised = denoiser.noised_input(*data[:3])
-        assert not denoiser.predict(noised, *data[2:]).requires_grad
+        assert not denoiser.raw_output(noised, *data[2:]).requires_grad
         tracked = []
         last = denoiser.diffusion_model.single_blocks[-1]
         network = network_for(denoiser)
@@ -222,7 +222,7 @@ def test_nothing_before_the_first_adapter_is_tracked_and_the_latent_needs_no_gra
 
         with contextlib.ExitStack() as undo:
             undo.callback(hooks[0].remove)
-            assert denoiser.predict(noised, *data[2:]).requires_grad
+            assert denoiser.raw_output(noised, *data[2:]).requires_grad
         assert tracked == [False, False, False, True]
         for block in denoiser.diffusion_model.single_blocks:
             block._forward_hooks.clear()

@@ -229,7 +229,7 @@ def test_guidance_replaces_what_the_conditioning_asks_for():
         ) as denoiser:
             x, item = denoiser.prepare(latent("flux_dev"), cond)
             with torch.no_grad():
-                return denoiser.predict(x, torch.tensor([0.5]), [item])
+                return denoiser.raw_output(x, torch.tensor([0.5]), [item])
 
     plain = conditioning("flux_dev")
     asked = [[plain[0][0], plain[0][1] | {"guidance": 1.0}]]
@@ -246,7 +246,7 @@ def test_a_prediction_is_what_sampling_computes_with_the_same_weights(name):
     with training_session(patcher, compute_dtype=torch.float32) as denoiser, torch.no_grad():
         latents, noise, t, conds = batch(denoiser, name, size=1)
         noised = denoiser.noised_input(latents, noise, t)
-        output = denoiser.predict(noised, t, conds)
+        output = denoiser.raw_output(noised, t, conds)
         from comfyui_braid.engine.comfyui.differentiable import conditioning as ready
         from comfyui_braid.engine.comfyui.differentiable import noise_levels
 
@@ -287,7 +287,7 @@ def test_other_models_are_unloaded_first_and_the_session_frees_its_graph():
         hook = denoiser.diffusion_model.single_blocks[1].linear1.register_forward_hook(
             lambda module, args, output: inputs.append(weakref.ref(args[0]))
         )
-        output = denoiser.predict(*_inputs(denoiser))
+        output = denoiser.raw_output(*_inputs(denoiser))
         assert output.requires_grad and inputs[0]() is not None
         hook.remove()
         del output

@@ -146,15 +146,15 @@ def test_the_speed_leaves_out_steps_that_met_a_shape_for_the_first_time():
 def test_a_step_that_was_broken_off_is_made_again_in_full():
     whole = train(*make_run())
     run, model = make_run()
-    predict, calls = run.denoiser.predict, []
+    raw_output, calls = run.denoiser.raw_output, []
 
     def broken_once(*args):
         calls.append(args)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return predict(*args)
+        return raw_output(*args)
 
-    run.denoiser.predict = broken_once
+    run.denoiser.raw_output = broken_once
     with pytest.raises(KeyboardInterrupt):
         train(run, model)
     assert run.step == 2

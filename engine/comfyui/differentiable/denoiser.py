@@ -94,21 +94,21 @@ class ComfyDenoiser:
         return noise_levels.noised_input(self.sampling, latents, noise, t)
 
     def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What `predict` should answer (B, C, ...); noise - latents for flow models."""
+        """What `raw_output` should answer (B, C, ...); noise - latents for flow models."""
         return noise_levels.target(self.sampling, latents, noise, t)
 
-    def predict(self, noised: Tensor, t: Tensor, conditioning: Sequence[Conditioning]) -> Tensor:
+    def raw_output(self, noised: Tensor, t: Tensor, conditioning: Sequence[Conditioning]) -> Tensor:
         """The network's own output (B, C, ...) in float32, not yet a denoised image.
 
         `noised` (B, C, ...) on any device, `t` (B,) in [0, 1], one conditioning per item. Prompts
         of different lengths are computed one after the other: padding would change them.
         """
-        output = self._predict(noised, t, conditioning)
+        output = self._output(noised, t, conditioning)
         if self._unproven and output.requires_grad:
             self._unproven = False
             if not differentiates([output]):
                 self._session.enter_context(guarded())
-                output = self._predict(noised, t, conditioning)
+                output = self._output(noised, t, conditioning)
         return output
 
     def check(self, items: Sequence[tuple[Tensor, Conditioning]]) -> None:
@@ -122,7 +122,7 @@ class ComfyDenoiser:
         for latents, item in different.values():
             try:
                 with torch.inference_mode():
-                    self.predict(latents, torch.full((1,), 0.5), [item])
+                    self.raw_output(latents, torch.full((1,), 0.5), [item])
             except torch.OutOfMemoryError:
                 raise
             except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
@@ -147,19 +147,19 @@ class ComfyDenoiser:
                 comfy.model_management.load_models_gpu([self.patcher])
             self.patcher.pre_run()
 
-    def _predict(self, noised: Tensor, t: Tensor, conditioning: Sequence[Conditioning]) -> Tensor:
+    def _output(self, noised: Tensor, t: Tensor, conditioning: Sequence[Conditioning]) -> Tensor:
         noised, t = noised.to(self.device), t.to(self.device)
         parts = groups(conditioning)
         if len(parts) == 1:
-            return self._predict_alike(noised, t, conditioning)
+            return self._output_of_alike(noised, t, conditioning)
         outputs = [
-            self._predict_alike(noised[part], t[part], [conditioning[i] for i in part])
+            self._output_of_alike(noised[part], t[part], [conditioning[i] for i in part])
             for part in parts
         ]
         order = torch.tensor([index for part in parts for index in part])
         return torch.cat(outputs)[torch.argsort(order).to(self.device)]
 
-    def _predict_alike(
+    def _output_of_alike(
         self, noised: Tensor, t: Tensor, conditioning: Sequence[Conditioning]
     ) -> Tensor:
         """A batch in one call, through the same options and wrappers as in sampling."""
@@ -180,11 +180,11 @@ class ComfyDenoiser:
     def _apply_model(self, x: Tensor, t: Tensor, **arguments: Any) -> Tensor:
         """`BaseModel.apply_model` with its wrappers, but answering the network's raw output."""
         wrappers = get_all_wrappers(WrappersMP.APPLY_MODEL, arguments["transformer_options"])
-        call = WrapperExecutor.new_class_executor(self._raw_output, self.model, wrappers)
+        call = WrapperExecutor.new_class_executor(self._tapped_output, self.model, wrappers)
         positional = (arguments.pop(name, None) for name in ("c_concat", "c_crossattn", "control"))
         return call.execute(x, t, *positional, arguments.pop("transformer_options"), **arguments)
 
-    def _raw_output(self, x: Tensor, t: Tensor, *arguments: Any, **conditions: Any) -> Tensor:
+    def _tapped_output(self, x: Tensor, t: Tensor, *arguments: Any, **conditions: Any) -> Tensor:
         """What `diffusion_model` answered; what the host makes of it is dropped."""
         seen: list[Any] = []
         network = self.model.diffusion_model
