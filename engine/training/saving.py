@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints import Checkpoint, Checkpoints, step_of
+from ..checkpoints import SHADOWS_SUFFIX, Checkpoint, Checkpoints, step_of
 from ..files import read_header
 from ..writing import NotWrittenError, remove_leftovers
 from .identity import Identity
@@ -174,8 +174,8 @@ def saved(
                 saver.save_step(run)
             except NotWrittenError as error:
                 warn(
-                    f"the checkpoint of step {step.step} was not saved whole ({error}); what was "
-                    "saved before stays, training goes on and tries again at the next one"
+                    f"the checkpoint of step {step.step} was not saved ({error}); what was saved "
+                    "before stays, training goes on and tries again at the next one"
                 )
         yield step
 
@@ -241,7 +241,8 @@ def resumed(run: TrainingRun, path: Path, identity: Identity) -> dict[str, Any]:
             "resume with the same setting, or clear resume to start afresh"
         )
     step = int(state["run"]["step"])
-    if step > run.plan.steps or (step == run.plan.steps and _is_finished(path, step)):
+    with_shadows = bool(identity.named.get("ema_shadows"))
+    if step > run.plan.steps or (step == run.plan.steps and _is_finished(path, step, with_shadows)):
         raise ValueError(
             f"resume: {path.name} is already at step {step} of {run.plan.steps}; raise steps to "
             "train on"
@@ -253,8 +254,11 @@ def resumed(run: TrainingRun, path: Path, identity: Identity) -> dict[str, Any]:
     return {key: value for key, value in state.items() if key not in ("identity", "run")}
 
 
-def _is_finished(state_file: Path, step: int) -> bool:
-    """Whether the finished adapter of `step` is there; a run stopped just before it is not done."""
-    name = STEP_NAME.sub(".", state_file.name)
-    final = state_file.with_name(name).with_suffix(".safetensors")
-    return final.is_file() and step_of(final, read_header(final).metadata) == step
+def _is_finished(state_file: Path, step: int, with_shadows: bool) -> bool:
+    """Whether the finished files of `step` are there; a run stopped before them is not done."""
+    stem = STEP_NAME.sub(".", state_file.name).removesuffix(STATE_SUFFIX)
+    final = state_file.with_name(f"{stem}.safetensors")
+    wanted = [final, state_file.with_name(f"{stem}{SHADOWS_SUFFIX}")][: 1 + with_shadows]
+    return all(
+        path.is_file() and step_of(path, read_header(path).metadata) == step for path in wanted
+    )

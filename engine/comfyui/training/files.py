@@ -85,23 +85,25 @@ class RunFiles:
         """Save what there is, and say where, without hiding why the run stopped."""
         saver, run = self.saver, self._run
         if saver.has_saved(run.step):
-            return f"step {run.step} is saved in {saver.folder}; resume from its .state file"
+            return f"step {run.step} is saved in {saver.folder}; resume from the .state file there"
         try:
             path = saver.save_adapter(run)
         except NotWrittenError as error:
-            return f"saving failed: {error}. {self._what_is_left()}"
+            return f"saving failed ({error}); {self._what_is_left()}"
         try:
             saver.save_state(run)
         except (NotWrittenError, ValueError) as error:
-            return f"saved {path}, but no state to resume it from: {error}"
+            return f"saved {path}, but no state to resume it from ({error})"
         saver.prune(run)
         return f"saved {path}; resume from the .state file beside it"
 
     def _what_is_left(self) -> str:
         """Of a run that stopped where nothing could be saved."""
         step, spare = self.saver.last_saved, self._saved_elsewhere()
-        earlier = "nothing was saved before" if step is None else f"step {step} is the last saved"
-        return f"{earlier}, in {self.saver.folder}" + (f"; the LoRA is in {spare}" if spare else "")
+        kept = (
+            f"step {step} is the last saved, in {self.saver.folder}" if step else "nothing is saved"
+        )
+        return f"the LoRA of this step is in {spare}; {kept}" if spare else kept
 
     def save_finished(self) -> AdapterStateDict:
         """The finished adapter, and its file.
@@ -126,7 +128,7 @@ class RunFiles:
     def _saved_elsewhere(self) -> Path | None:
         """The adapter as it is in the first spare folder that takes it; None where none does."""
         for folder in self._spare_folders:
-            with contextlib.suppress(NotWrittenError):
+            with contextlib.suppress(OSError):
                 path = free_folder(folder, self._job.name) / self.saver.final.name
                 with self._run.optimization.averaged():
                     self._write(path, self.saver.metadata(self._run))
