@@ -277,7 +277,9 @@ def test_previews_and_logs_without_room_are_left_out_of_a_run(world, said, disk,
     )
     disk |= {1: disk["fills up"], STEPS: disk["has room"]}
     log = TrainingLog(log_with="tensorboard", logging_dir=world / "output" / "logs")
-    _, report = lora_and_report(train(preview=Preview(every_n_steps=3, sampling=sampling), log=log))
+    _, report = lora_and_report(
+        train(preview=Preview(every_n_steps=3), preview_sampling=sampling, log=log)
+    )
     assert re.search(rf"the preview of step 3 is shown, but not saved .*{NO_ROOM}", caplog.text)
     assert list(run_files(world)) == ["mine.safetensors", "preview/step00000004.png"]
 
