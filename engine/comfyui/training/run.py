@@ -20,6 +20,7 @@ from ...training.dataset import Dataset, TrainingItem
 from ...training.logs import TrainingLogs, open_logs
 from ...training.loop import TrainingRun, TrainingStep
 from ...training.optimizer import Optimization
+from ...training.rehearsal import rehearse
 from ...training.saving import find_state, run_folder, saved
 from ...training.validation import Validator, validated
 from ..differentiable.compilation import Compiled, compiled, compiled_steps
@@ -66,6 +67,7 @@ def train_lora(
         logger.warning(warning)
     estimate = _estimate(patcher, training, targets)
     refuse_if_too_large(estimate)
+    _rehearse(patcher, training, targets)
     state_file = find_state(training.loras, plan.output_name, training.checkpointing.resume)
     folder = run_folder(training.loras, plan.output_name, state_file)
     check_writable(folder)
@@ -127,6 +129,15 @@ def _open_session(
     )
     stack.enter_context(compilation.savable_weights(denoiser.diffusion_model))
     return denoiser, compilation
+
+
+def _rehearse(patcher: ModelPatcher, training: LoraTraining, targets: TargetReport) -> None:
+    """Try the optimizer out while the model is not loaded yet, on one layer of each kind."""
+    layers = {target.shape.has_large_kernel: target for target in targets.selected}
+    with torch.inference_mode(False):
+        network = build_network(tuple(layers.values()), training.network, training.plan.seed)
+        groups = parameter_groups(network.to(patcher.load_device), training.plan.learning_rate)
+        rehearse(training.optimizer, groups, training.plan.steps)
 
 
 def _compute_dtype(patcher: ModelPatcher, training: LoraTraining) -> torch.dtype:
