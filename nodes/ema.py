@@ -19,8 +19,8 @@ from ..engine.ema.average import (
 )
 from ..engine.ema.figure import cells, draw_reconstruction, draw_weights, ideal_curve
 from ..engine.ema.order import SORTS, selected
+from ..engine.ema.reconstruction import plan_reconstruction, reconstructed
 from ..engine.ema.schedule import BetaRamp, MusubiPower, Power, Schedule
-from ..engine.ema.shadows import plan_reconstruction, reconstructed
 from . import live, sockets
 from .outputs import next_file
 from .training.checkpoints import load_checkpoints

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..files import DTYPES, SshsHasher, header_bytes, replaced_when_whole
+from ..files import DTYPES, header_bytes, replaced_when_whole
+from ..hashes import SshsHasher
 from .layout import Source, Span, copied_inside, key_at, output_layout, read_sources, spans
 
 CHUNK_ELEMENTS = 1 << 18

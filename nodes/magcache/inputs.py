@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ...engine.comfyui.magcache.patch import MagCacheSettings
 from ...engine.magcache.curve import resampled_sigmas
-from ...engine.magcache.plan import MagCachePlan, plan_from_ratios
+from ...engine.magcache.plan import MagCachePlan, plan_from_ratios, read_plan
 from ...engine.magcache.presets import preset_named, presets
 from ...engine.magcache.report import schedule_dict
 from ...engine.magcache.rules import MagCacheRule, PlannedRule, Rule
@@ -191,7 +191,7 @@ def load_calibration(name: str) -> MagCachePlan:
     path = inside_output("file", name, SUBFOLDER)
     if not path.is_file():
         raise ValueError(f"file {name!r} is no saved calibration: save one, or refresh the list")
-    return MagCachePlan.from_json(path.read_text(encoding="utf-8-sig"))  # editors add a mark
+    return read_plan(path)
 
 
 def strip(schedule: Schedule, plan: MagCachePlan) -> dict[str, Any]:

@@ -18,14 +18,8 @@ from comfyui_braid.engine.checkpoints import find_checkpoints
 from comfyui_braid.engine.ema import merge as merge_module
 from comfyui_braid.engine.ema.merge import merged_tensors, prepare_merge, write_merged
 from comfyui_braid.engine.ema.schedule import BetaRamp, MusubiPower, Power
-from comfyui_braid.engine.files import (
-    DTYPES,
-    SshsHasher,
-    header_bytes,
-    read_header,
-    saved_layout,
-    sshs_hashes,
-)
+from comfyui_braid.engine.files import DTYPES, header_bytes, read_header, saved_layout
+from comfyui_braid.engine.hashes import SshsHasher, sshs_hashes
 
 TESTS = Path(__file__).parent.parent
 GOLDEN = json.loads((TESTS / "goldens" / "ema_musubi.json").read_text())

@@ -16,7 +16,8 @@ from ...network.keys import encoded
 from ...network.metadata import adapter_metadata
 from ...network.targets import TargetReport
 from ...training.loop import TrainingRun, TrainingStep
-from ...training.saving import Saver, resumed
+from ...training.resume import resumed
+from ...training.saving import Saver
 from . import records
 from .records import LoraTraining
 
@@ -56,7 +57,10 @@ class RunFiles:
         """Put run, shadows and checkpoints where the state left them; ValueError if not its own."""
         rest = resumed(self._run, state_file, self.saver.identity)
         if self._shadows:
-            self._shadows.load_state_dict(rest["shadows"])
+            try:
+                self._shadows.load_state_dict(rest.get("shadows"))
+            except ValueError as error:
+                raise ValueError(f"resume: {state_file.name}: {error}") from error
         self.saver.continued(self._run)
 
     def shadowed(self, steps: Iterator[TrainingStep]) -> Iterator[TrainingStep]:
