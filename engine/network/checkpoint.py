@@ -9,7 +9,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ..files import read_header, sshs_hashes, write_safetensors
+from ..files import mapped_tensors, write_safetensors
+from ..hashes import sshs_hashes
+from ..reading import damage_named
 from ..writing import NotWrittenError
 from .adapters import ADAPTERS
 from .architectures import Architecture
@@ -17,6 +19,7 @@ from .attach import Network
 from .keys import AdapterWeights, KeyFormat, decoded, encoded
 from .layers import LayerShape
 from .spec import NetworkSpec
+from .weights import check_factors, delta_shape
 
 SAVE_PRECISIONS: dict[str, torch.dtype | None] = {
     "keep": None,
@@ -57,11 +60,14 @@ def read_adapter(
     layers: Mapping[str, LayerShape],
     architecture: Architecture,
 ) -> dict[str, AdapterWeights]:
-    """Dotted layer name → weights of a file or state dict in any key format (`keys.decoded`)."""
-    if isinstance(source, Path):
-        read_header(source)  # says in one sentence what is wrong with a broken file
-        source = safetensors.torch.load_file(source)
-    return decoded(source, layers, architecture)
+    """Dotted layer name → weights of a file or state dict in any key format (`keys.decoded`).
+
+    DamagedFileError when the file is no adapter of such a model.
+    """
+    if not isinstance(source, Path):
+        return decoded(source, layers, architecture)
+    with damage_named(source):
+        return decoded(mapped_tensors(source), layers, architecture)
 
 
 def network_from(
@@ -75,12 +81,10 @@ def network_from(
         raise ValueError("the file adapts no layer")
     adapters = {}
     for name, layer in weights.items():
+        _check_fits(name, layer, layers[name])
         adapters[name] = ADAPTERS[layer.kind](
             layers[name],
-            {
-                key: _fitted(name, key, tensor, layers[name])
-                for key, tensor in layer.tensors.items()
-            },
+            {key: _fitted(key, tensor, layers[name]) for key, tensor in layer.tensors.items()},
             alpha=layer.alpha,
             rank=layer.rank,
             neuron_dropout=spec.neuron_dropout,
@@ -156,19 +160,21 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
 
 
-def _fitted(name: str, key: str, tensor: Tensor, shape: LayerShape) -> Tensor:
+def _fitted(key: str, tensor: Tensor, shape: LayerShape) -> Tensor:
     """A float32 copy of one parameter, with the kernel that some files leave out."""
     rows_and_columns = {
         "down": (-1, shape.in_features, *shape.kernel),
         "up": (shape.out_features, -1, *(1,) * len(shape.kernel)),
     }
     wanted = rows_and_columns.get(key, (tensor.shape[0], -1))
-    try:
-        return tensor.detach().to(torch.float32, copy=True).reshape(wanted)
-    except RuntimeError as error:
-        raise ValueError(
-            f"{key} of {name} is {tuple(tensor.shape)}, which does not fit {shape}"
-        ) from error
+    return tensor.detach().to(torch.float32, copy=True).reshape(wanted)
+
+
+def _check_fits(name: str, weights: AdapterWeights, shape: LayerShape) -> None:
+    check_factors(name, weights.kind, weights.tensors)
+    if delta_shape(weights.kind, weights.tensors) != (shape.out_features, shape.fan_in):
+        given = _shapes({key: tensor.shape for key, tensor in weights.tensors.items()})
+        raise ValueError(f"the {weights.kind} of {name} ({given}) does not fit {shape}")
 
 
 def _shapes(shapes: Mapping[str, tuple[int, ...]]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..arguments import check_values, refuse_unknown, said, shortened
+from .form import optimizer_like, part_of, schedule_like
 from .optimizer_classes import OPTIMIZERS, find_optimizer_class
 from .plan import MAX_STEPS
 from .schedule import LR_SCHEDULERS, build_schedule
@@ -162,11 +163,15 @@ class Optimization:
         return {"optimizer": self.optimizer.state_dict(), "schedule": self._schedule.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was taken, at the rate that this run's schedule has there."""
-        self.optimizer.load_state_dict(state["optimizer"])
-        _restore_dtypes(self.optimizer, state["optimizer"]["state"])
+        """Go on where `state` was taken, at the rate that this run's schedule has there.
+
+        ValueError when it is the state of another optimizer or schedule.
+        """
+        saved = optimizer_like(self.optimizer.state_dict(), part_of(state, "optimizer"))
+        self.optimizer.load_state_dict(saved)
+        _restore_dtypes(self.optimizer, saved["state"])
         schedule = self._schedule
-        schedule.load_state_dict(state["schedule"])
+        schedule.load_state_dict(schedule_like(schedule.state_dict(), part_of(state, "schedule")))
         for group, base, factor in zip(
             self.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
         ):
@@ -179,6 +184,8 @@ def _restore_dtypes(
     """Loading casts state to its parameter's dtype; ProdigyPlus counts on its bfloat16 parts."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for index, entries in saved.items():
+        if not isinstance(index, int):
+            continue  # what some optimizers keep for all parameters together
         loaded = optimizer.state[parameters[index]]
         for name, value in entries.items():
             if isinstance(value, torch.Tensor) and name in loaded:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from comfyui_braid.engine.files import read_header, sshs_hashes
+from comfyui_braid.engine.files import read_header
+from comfyui_braid.engine.hashes import sshs_hashes
 from comfyui_braid.engine.network.architectures import (
     ARCHITECTURES,
     DEFAULT,

@@ -15,8 +15,9 @@ from ...network.checkpoint import state_dict_of, weights_of, write_adapter
 from ...network.keys import encoded
 from ...network.metadata import adapter_metadata
 from ...training.loop import TrainingRun, TrainingStep
+from ...training.resume import resumed
 from ...training.room import refuse_without_room, room_needed, tight
-from ...training.saving import Saver, free_folder, resumed
+from ...training.saving import Saver, free_folder
 from ...writing import NotWrittenError, replaced_when_whole
 from .records import Resolved, musubi_fields, timestep_range
 
@@ -59,7 +60,10 @@ class RunFiles:
         """Put run, shadows and checkpoints where the state left them; ValueError if not its own."""
         rest = resumed(self._run, state_file, self.saver.identity)
         if self._shadows:
-            self._shadows.load_state_dict(rest["shadows"])
+            try:
+                self._shadows.load_state_dict(rest.get("shadows"))
+            except ValueError as error:
+                raise ValueError(f"resume: {state_file.name}: {error}") from error
         self.saver.continued(self._run)
 
     def warn_if_tight(self) -> None:
