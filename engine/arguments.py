@@ -22,8 +22,9 @@ _OPENING = {"[": "]", "(": ")", "{": "}"}
 _OPTION_NAME = re.compile(r"\s*(?:--)?\w*_args\b\s*(?:=\s*)?(?=[\s\"'\[]|--|$)")
 _SPACED_KEY = re.compile(r"(\w+)[ \t]+=[ \t]*")
 LITERALS = "a Python literal such as 0.01, True, None, 'text' or (0.9, 0.99)"
-LARGEST = 2.0**53
-"""Of a number among literals; whole ones are exact up to here."""
+LARGEST = 1e15
+LARGEST_WHOLE = 10_000_000
+"""Of numbers among literals; Python counts on without end in step ** n, for a whole n."""
 MAX_TEXT = 100_000
 """Characters of one option; a hundred times what anybody writes."""
 
@@ -106,14 +107,14 @@ def parse_literal(key: str, value: str, allowed: str = LITERALS) -> object:
 def check_values(option: str, arguments: Mapping[str, object]) -> None:
     """ValueError for a value that is no plain literal or no number to calculate with.
 
-    Plain are None, True, False, text, finite numbers up to 2**53, and lists, tuples and dicts of
-    them: what a file can keep.
+    Plain are None, True, False, text, numbers up to LARGEST and LARGEST_WHOLE, and lists, tuples
+    and dicts of them: what a file can keep.
     """
     for key, value in arguments.items():
         if not _is_plain(value):
             raise ValueError(
-                f"{option}: {_shown(key, value)} is not a finite number up to 9e15, "
-                "True, False, None, text, or a tuple or list of them"
+                f"{option}: {_shown(key, value)} is not a finite number up to {LARGEST:g} (whole "
+                f"ones up to {LARGEST_WHOLE}), True, False, None, text, or a list of them"
             )
 
 
@@ -121,7 +122,8 @@ def _is_plain(value: object) -> bool:
     if value is None or isinstance(value, bool | str):
         return True
     if isinstance(value, int | float):
-        return abs(value) <= LARGEST  # neither an infinity nor NaN is
+        largest = LARGEST_WHOLE if isinstance(value, int) else LARGEST
+        return abs(value) <= largest  # neither an infinity nor NaN is
     if isinstance(value, dict):
         return all(_is_plain(part) for pair in value.items() for part in pair)
     return isinstance(value, list | tuple) and all(_is_plain(part) for part in value)

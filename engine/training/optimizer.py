@@ -116,8 +116,6 @@ class Optimization:
             arguments=spec.lr_scheduler_args,
         )
         self.last_learning_rates = tuple(group["lr"] for group in self.optimizer.param_groups)
-        if spec.is_schedule_free:
-            self.optimizer.train()
 
     @property
     def description(self) -> str:
@@ -199,12 +197,15 @@ def _construct(spec: OptimizerSpec, groups: Sequence[Mapping[str, Any]]) -> torc
         refuse_unknown("optimizer_args", spec.optimizer_args, parameters.keys() - SET_ELSEWHERE)
     defaults = DEFAULT_ARGUMENTS.get(f"{found.__module__}.{found.__qualname__}", {})
     try:
-        return found(
+        optimizer = found(
             [dict(group) for group in groups],
             lr=groups[0]["lr"],
             **{**defaults, **spec.optimizer_args},
         )
-    except Exception as error:
+        if spec.is_schedule_free:
+            optimizer.train()
+        return optimizer
+    except (Exception, SystemExit) as error:  # lion_pytorch exits where triton is missing
         given = shortened(str(dict(spec.optimizer_args)), 200)
         raise ValueError(
             f"optimizer_args: {spec.optimizer_type} refuses {given} ({said(error)})"

@@ -44,7 +44,7 @@ def rehearse(spec: OptimizerSpec, groups: Sequence[Mapping[str, Any]], steps: in
             with _uncompiled(), _Bounded():
                 for _ in range(STEPS):
                     _take_a_step(optimization)
-        except Exception as error:  # whatever somebody else's optimizer may raise
+        except (Exception, SystemExit) as error:  # whatever somebody else's optimizer does
             given = shortened(str(dict(spec.optimizer_args)), 200)
             raise ValueError(
                 f"{spec.optimizer_type} with the optimizer_args {given} cannot train a LoRA "
