@@ -202,8 +202,8 @@ class BraidEmaSweep(io.ComfyNode):
                 io.String.Input(
                     "sigma_rels",
                     default="0.05, 0.1, 0.15, 0.2, 0.25",
-                    tooltip="Up to 64 widths, separated by commas, spaces or lines; each above 0 and "
-                    "at most 0.28868, as a fraction of the run.",
+                    tooltip="Up to 64 widths, separated by commas, spaces or lines; each above 0 "
+                    "and at most 0.28868, as a fraction of the run.",
                 ),
                 io.Combo.Input(
                     "source",
