@@ -87,15 +87,6 @@ class LiveDesk:
 
     async def answer(self, request: web.Request) -> web.Response:
         """The handler of the route."""
-        if self._open >= MOST_OPEN:
-            return _reply(503, {"message": BUSY, "again": True})
-        self._open += 1
-        try:
-            return await self._answered(request)
-        finally:
-            self._open -= 1
-
-    async def _answered(self, request: web.Request) -> web.Response:
         noun = request.match_info["noun"]
         if noun not in self._charts:
             known = ", ".join(sorted(self._charts))
@@ -110,7 +101,13 @@ class LiveDesk:
             return _refusal(400, "the question is not encoded as its headers say")
         if len(body) > MOST_BYTES:
             return _refusal(413, f"the question is longer than {MOST_BYTES} bytes")
-        return await self._in_turn(request, noun, body)
+        if self._open >= MOST_OPEN:
+            return _reply(503, {"message": BUSY, "again": True})
+        self._open += 1
+        try:
+            return await self._in_turn(request, noun, body)
+        finally:
+            self._open -= 1
 
     async def _in_turn(self, request: web.Request, noun: str, body: bytes) -> web.Response:
         """One computation of a panel at a time, and none for a question that it no longer asks."""

@@ -83,10 +83,8 @@ def plan_average(
     last: int = 0,
     search: Search | None = None,
 ) -> AveragePlan:
-    """Order the files, choose `first` to `last` (from 1; 0 = the newest) and weigh them.
-
-    `search` bounds what is read to find out whether two files of one step are the same.
-    """
+    """Order the files, choose `first` to `last` (from 1; 0 = the newest) and weigh them; `search`
+    bounds what is read for that."""
     order = selected(trained_order(checkpoints.files, sort, search), first, last)
     return plan_for_order(order, schedule)
 

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 
@@ -43,7 +44,13 @@ class PlannedFiles(Sequence[Path]):
     def __len__(self) -> int:
         return len(self._times)
 
-    def __getitem__(self, index):
+    @overload
+    def __getitem__(self, index: int) -> Path: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "PlannedFiles": ...
+
+    def __getitem__(self, index: int | slice) -> "Path | PlannedFiles":
         if isinstance(index, slice):
             return PlannedFiles(self._times[index], self._noun)
         return Path(f"{self._noun} {self._times[index]:g}")
@@ -63,7 +70,8 @@ def planned_order(times: Sequence[float], unit: str) -> TrainedOrder:
 def trained_order(
     checkpoints: Sequence[Checkpoint], sort: str = "step", search: Search | None = None
 ) -> TrainedOrder:
-    """Order by training step or epoch, by modification time, or as given.
+    """Order by training step or epoch, by modification time, or as given; `search` bounds what is
+    read of two files of one step.
 
     `step` needs every file to say its step, or every file its epoch, in its metadata or name, so
     that copied, touched or shuffled files change nothing. Two files of one step are one checkpoint
@@ -73,7 +81,7 @@ def trained_order(
         raise ValueError("no checkpoints to average; load a folder that holds some")
     match sort:
         case "step":
-            return _by_training_time(checkpoints, search or Search())
+            return _by_training_time(checkpoints, search)
         case "mtime":
             by_mtime = sorted(checkpoints, key=lambda item: item.path.stat().st_mtime_ns)
             return _in_this_order(by_mtime, "modification time")
@@ -101,7 +109,7 @@ def selected(order: TrainedOrder, first: int = 1, last: int = 0) -> TrainedOrder
     )
 
 
-def _by_training_time(checkpoints: Sequence[Checkpoint], search: Search) -> TrainedOrder:
+def _by_training_time(checkpoints: Sequence[Checkpoint], search: Search | None) -> TrainedOrder:
     known = {item.path: item.step for item in checkpoints if item.step is not None}
     unit, order_from = "steps", "step (metadata or name)"
     unstepped = [item.path for item in checkpoints if item.step is None]
@@ -149,7 +157,7 @@ def _in_this_order(checkpoints: Sequence[Checkpoint], order_from: str) -> Traine
     return TrainedOrder(files=files, times=equally_spaced, unit="files", order_from=order_from)
 
 
-def _check_equal_tensors(one: Path, other: Path, when: str, search: Search) -> None:
+def _check_equal_tensors(one: Path, other: Path, when: str, search: Search | None) -> None:
     chunks = zip(_data(one, search), _data(other, search), strict=True)
     if _data_size(one) != _data_size(other) or any(a != b for a, b in chunks):
         raise ValueError(
@@ -162,10 +170,11 @@ def _data_size(path: Path) -> int:
     return path.stat().st_size - read_header(path).data_start
 
 
-def _data(path: Path, search: Search) -> Iterator[bytes]:
+def _data(path: Path, search: Search | None) -> Iterator[bytes]:
     """What follows the header, chunk by chunk."""
     with path.open("rb") as file:
         file.seek(read_header(path).data_start)
         for chunk in iter(functools.partial(file.read, CHUNK_BYTES), b""):
-            search.spend(path)
+            if search:
+                search.spend(path)
             yield chunk

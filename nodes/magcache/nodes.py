@@ -307,9 +307,9 @@ class BraidLoadCalibration(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, file: str | None) -> bool | str:
-        """One saved since the list was made may be typed; None where a linked node names it."""
+        """Any saved calibration may be typed; None where a linked node names it."""
         try:
-            return file is None or bool(calibration_file(file))
+            return file is None or bool(calibration_file(str(file)))
         except ValueError as refusal:
             return str(refusal)
 

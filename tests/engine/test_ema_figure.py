@@ -5,6 +5,7 @@ import pytest
 
 from comfyui_braid.engine.ema.average import plan_for_order
 from comfyui_braid.engine.ema.figure import (
+    bars_of,
     cells,
     draw_reconstruction,
     draw_weights,
@@ -31,6 +32,30 @@ def _order(times, windowed=False):
 def test_cells_cover_the_run_or_the_window_without_gaps():
     assert cells((2, 4, 10), windowed=False).tolist() == [0, 3, 7, 10]
     assert cells((2, 4, 10), windowed=True).tolist() == [2, 3, 7, 10]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("windowed", [False, True])
+def test_bars_of_neighbours_hold_their_weights_and_their_stretch_of_time(schedule, windowed):
+    plan = plan_for_order(_order(range(3, 25), windowed), schedule)
+    every, few = bars_of(plan), bars_of(plan, most=4)
+    assert every.names == tuple(path.name for path in plan.order.files)
+    np.testing.assert_array_equal(every.weights, plan.weights)
+    np.testing.assert_array_equal(every.steps, plan.order.times)
+    np.testing.assert_array_equal(every.borders, cells(plan.order.times, windowed))
+    assert few.names == ("3 to 7", "8 to 13", "14 to 18", "19 to 24")
+    assert few.steps.tolist() == [7, 13, 18, 24]
+    np.testing.assert_allclose(few.weights[1], plan.weights[5:11].sum(), rtol=1e-12)
+    np.testing.assert_array_equal(few.borders, every.borders[[0, 5, 11, 16, 22]])
+
+
+def test_a_planned_run_weighs_as_the_same_run_once_it_has_saved():
+    for schedule in SCHEDULES:
+        planned = plan_for_order(planned_order(range(5, 500, 5), "steps"), schedule)
+        trained = plan_for_order(_order(range(5, 500, 5)), schedule)
+        assert planned.summary() | {"order_from": "test"} == trained.summary()
+        np.testing.assert_array_equal(planned.weights, trained.weights)
+        assert [path.name for path in planned.order.files[-2:]] == ["step 490", "step 495"]
 
 
 def _share_of_bars(image):
