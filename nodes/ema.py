@@ -330,6 +330,12 @@ def chart_json(plan: AveragePlan) -> dict[str, Any]:
     }
 
 
+AS_PLANNED = "as the linked run will save them"
+EXAMPLE = "an example: no run is linked yet"
+ONE_FILE = "The linked run saves only its finished LoRA, and one file is no average: "
+"""What the chart says of files that do not exist yet."""
+
+
 def live_ema(node: live.LiveNode) -> dict[str, Any]:
     """The chart for the widgets as they are, over the files of the linked run as far as known."""
     values = {name: node.value(name) for name in ("method", "sort", "first", "last")}
@@ -339,26 +345,42 @@ def live_ema(node: live.LiveNode) -> dict[str, Any]:
         checkpoints = load_checkpoints(**source.values)
         plan = plan_average(checkpoints, schedule, values["sort"], values["first"], values["last"])
         return chart_json(plan) | {"note": ""}
-    steps = [] if source is None else _planned_steps(source)
-    if steps:
-        order, note = planned_order(steps, "steps"), "as the linked run will save them"
+    if source is None:
+        order, note = planned_order(range(1, EXAMPLE_COUNT + 1), "files"), EXAMPLE
     else:
-        order = planned_order(range(1, EXAMPLE_COUNT + 1), "files")
-        note = "an example: no run is linked yet"
+        saved = _planned_steps(source)
+        if len(saved) < 2:
+            return {"message": ONE_FILE + _more_files(source)}
+        order, note = planned_order(saved, "steps"), AS_PLANNED
     chosen = selected(order, values["first"], values["last"])
     return chart_json(plan_for_order(chosen, schedule)) | {"note": note}
 
 
-def _planned_steps(node: live.LiveNode) -> list[int]:
-    """Steps at which a Train LoRA node will save; none for other nodes, or while not known."""
-    options = node.input("options")
+def _checkpointing(train: live.LiveNode) -> live.LiveNode | None:
+    """The Checkpoints and Resume node in the options of a Train LoRA node."""
+    options = train.input("options")
     while options is not None and options.node_id != "BraidCheckpointing":
         options = options.input("options")
-    if node.node_id != "BraidTrainLora" or options is None:
-        return []
-    every, last = options.value("save_every_n_steps"), options.value("save_last_n")
-    steps = list(range(every, node.value("steps") + 1, every)) if every else []
-    return steps[-last:] if last else steps
+    return options
+
+
+def _planned_steps(train: live.LiveNode) -> list[int]:
+    """Steps at which a Train LoRA node will save: its checkpoints, and the finished LoRA."""
+    steps, options = train.value("steps"), _checkpointing(train)
+    every = options.value("save_every_n_steps") if options else 0
+    last = options.value("save_last_n") if options else 0
+    saved = list(range(every, steps + 1, every)) if every else []
+    return sorted({*(saved[-last:] if last else saved), steps})
+
+
+def _more_files(train: live.LiveNode) -> str:
+    """What to set so that a run saves checkpoints on its way."""
+    steps, options = train.value("steps"), _checkpointing(train)
+    if options is None:
+        return "link Checkpoints and Resume to the options of Train LoRA."
+    every, wanted = options.value("save_every_n_steps"), max(1, steps // EXAMPLE_COUNT)
+    told = f"save_every_n_steps is {every}" + (f" of {steps} steps" if every else "")
+    return f"{told}; {wanted} saves about {EXAMPLE_COUNT} checkpoints."
 
 
 live.LIVE["ema"] = live_ema
