@@ -15,6 +15,10 @@ from .training.checkpoints import live_checkpoints, live_search
 
 EXAMPLE_COUNT = 10
 """Checkpoints that the live chart shows while no run is known."""
+AS_PLANNED = "as the linked run will save them"
+EXAMPLE = "an example: no run is linked yet"
+ONE_FILE = "The linked run saves only its finished LoRA, and one file is no average: "
+"""What the chart says of files that do not exist yet."""
 
 
 def chart_json(plan: AveragePlan) -> dict[str, Any]:
@@ -39,12 +43,13 @@ def live_ema(node: LiveNode) -> dict[str, Any]:
     if source is not None and source.node_id == "BraidLoadCheckpoints":
         plan = _plan_of_files(source, schedule, sort, first, last)
         return chart_json(plan) | {"note": ""}
-    steps = () if source is None else _planned_steps(source)
-    if steps:
-        order, note = planned_order(steps, "steps"), "as the linked run will save them"
+    if source is None:
+        order, note = planned_order(range(1, EXAMPLE_COUNT + 1), "files"), EXAMPLE
     else:
-        order = planned_order(range(1, EXAMPLE_COUNT + 1), "files")
-        note = "an example: no run is linked yet"
+        saved = _planned_steps(source)
+        if len(saved) < 2:
+            return {"message": ONE_FILE + _more_files(source)}
+        order, note = planned_order(saved, "steps"), AS_PLANNED
     chosen = selected(order, first, last)
     return chart_json(plan_for_order(chosen, schedule)) | {"note": note}
 
@@ -63,15 +68,32 @@ def _plan_of_files(
         ) from None
 
 
-def _planned_steps(node: LiveNode) -> Sequence[int]:
-    """Steps at which a Train LoRA node will save; none for other nodes, or while not known."""
-    options = node.input("options")
+def _checkpointing(train: LiveNode) -> LiveNode | None:
+    """The Checkpoints and Resume node in the options of a Train LoRA node."""
+    options = train.input("options")
     while options is not None and options.node_id != "BraidCheckpointing":
         options = options.input("options")
-    if node.node_id != "BraidTrainLora" or options is None:
-        return ()
-    checkpointing = Checkpointing(
+    return options
+
+
+def _planned_steps(train: LiveNode) -> Sequence[int]:
+    """Steps at which a Train LoRA node will save: its checkpoints, and the finished LoRA."""
+    steps, options = train.value("steps"), _checkpointing(train)
+    if options is None:
+        return [steps]
+    told = Checkpointing(
         save_every_n_steps=options.value("save_every_n_steps"),
         save_last_n=options.value("save_last_n"),
     )
-    return checkpointing.kept(checkpointing.saving_steps(node.value("steps")))
+    kept = told.kept(told.saving_steps(steps))
+    return kept if kept and kept[-1] == steps else [*kept, steps]
+
+
+def _more_files(train: LiveNode) -> str:
+    """What to set so that a run saves checkpoints on its way."""
+    steps, options = train.value("steps"), _checkpointing(train)
+    if options is None:
+        return "link Checkpoints and Resume to the options of Train LoRA."
+    every, wanted = options.value("save_every_n_steps"), max(1, steps // EXAMPLE_COUNT)
+    told = f"save_every_n_steps is {every}" + (f" of {steps} steps" if every else "")
+    return f"{told}; {wanted} saves about {EXAMPLE_COUNT} checkpoints."

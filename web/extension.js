@@ -25,6 +25,9 @@ const CHARTS = {
   BraidPostHocEma: { noun: "ema", chart: ema, height: 230 },
 };
 
+/** Nodes that show a picture while they run and answer one at the end. */
+const PICTURED = ["BraidTrainLora"];
+
 const WIDGET = "braid_live";
 const LEAST_WIDTH = 380;
 const panels = new WeakMap();
@@ -54,6 +57,17 @@ function described(node, extra) {
   return extra ? { ...body, values: { ...body.values, ...extra(node) } } : body;
 }
 
+/** A node's key in what the front end keeps of runs: its id, in a subgraph after the subgraph's. */
+function placeOf({ id, graph }) {
+  return !graph || graph === graph.rootGraph ? String(id) : `${graph.id}:${id}`;
+}
+
+/** The panel of the node that the shown graph has in place of this one; null while it is this one. */
+function heirOf(node) {
+  const now = app.canvas.graph?.getNodeById(node.id);
+  return now && now !== node ? (panels.get(now)?.element ?? null) : null;
+}
+
 /** Put a live chart at the end of the node. */
 function addChart(node, { noun, chart, height, extra, liveWins }) {
   const number = ++panelCount;
@@ -61,6 +75,8 @@ function addChart(node, { noun, chart, height, extra, liveWins }) {
     chart,
     observe: () => JSON.stringify(described(node, extra)),
     ask: (body, signal) => ask(noun, number, body, signal),
+    place: () => `${node.graph?.rootGraph.id} ${placeOf(node)}`,
+    heir: () => heirOf(node),
   });
   const widget = node.addDOMWidget(WIDGET, "BRAID_LIVE", panel.element, {
     serialize: false,
@@ -98,6 +114,18 @@ function passMouseOn(element) {
   pass("contextmenu", (event) => event.preventDefault());
 }
 
+/**
+ * Nodes 2.0 leaves the last picture of a run's progress in the node, and puts the picture that the
+ * node answers beside it. The canvas shows only the first of the two; so do we in both.
+ */
+function showOnePicture(node) {
+  Object.defineProperty(node, "hideOutputImages", {
+    configurable: true,
+    get: () => !!app.nodePreviewImages?.[placeOf(node)]?.length,
+    set() {},
+  });
+}
+
 api.addEventListener("promptQueued", () => {
   for (const node of everyNode(app.rootGraph ?? app.graph)) panels.get(node)?.queued();
 });
@@ -107,6 +135,7 @@ app.registerExtension({
   nodeCreated(node) {
     const chart = CHARTS[node.comfyClass];
     if (chart) addChart(node, chart);
+    if (PICTURED.includes(node.comfyClass)) showOnePicture(node);
   },
 });
 

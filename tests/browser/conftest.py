@@ -13,6 +13,21 @@ OURS = (f"/extensions/{PACK_FOLDER}/", "/braid/")
 """In the addresses of our files and answers."""
 
 
+VIEWPORT = {"width": 1500, "height": 1000}
+DEFAULTS = {
+    "Comfy.VueNodes.Enabled": False,
+    "Comfy.ColorPalette": "dark",
+    "Comfy.Locale": "en",
+}
+EMPTY = """async (settings) => {
+  app.canvas.setGraph(app.rootGraph);
+  app.graph.clear();
+  for (const [name, value] of Object.entries(settings))
+    if (name !== "Comfy.Locale") await app.extensionManager.setting.set(name, value);
+  document.activeElement?.blur();
+}"""
+
+
 @pytest.fixture(scope="session")
 def server():
     """One ComfyUI for the whole session."""
@@ -41,10 +56,41 @@ def console_errors():
     return []
 
 
+@pytest.fixture(scope="session")
+def pages(server, browser):
+    """The one page that is open, by its language: loading the front end takes longer than most
+    tests. pages(language) -> it, or a new one where the language is another."""
+    opened = {}
+
+    def page_in(language: str):
+        if language not in opened:
+            for other in opened.values():
+                other.context.close()
+            opened.clear()
+            context = browser.new_context(viewport=VIEWPORT)
+            opened[language] = context.new_page()
+            opened[language].set_default_timeout(60_000)
+            opened[language].goto(server.url)
+            wait_until_ready(opened[language])
+        return opened[language]
+
+    yield page_in
+    for page in opened.values():
+        page.context.close()
+
+
+def wait_until_ready(page) -> None:
+    page.wait_for_function(READY)
+    page.wait_for_function("!document.querySelector('.p-blockui-mask')")  # it takes the mouse
+
+
 @pytest.fixture
-def open_page(server, browser, console_errors):
-    """open_page(settings) -> a page with every node registered, on an empty graph."""
-    contexts = []
+def open_page(server, pages, console_errors):
+    """open_page(settings) -> a page with every node registered, on an empty graph.
+
+    Tests share it: what one of them does to the page beyond its graph it takes back.
+    """
+    heard = []
 
     def note_console(message):
         if message.type == "error" and not any(known in message.text for known in HOST_ERRORS):
@@ -54,22 +100,27 @@ def open_page(server, browser, console_errors):
         if response.status >= 400 and any(part in response.url for part in OURS):
             console_errors.append(f"{response.status} {response.url}")
 
+    def note_exception(error):
+        console_errors.append(str(error))
+
     def open_one(settings: dict | None = None):
-        for name, value in (settings or {}).items():
+        wanted = DEFAULTS | (settings or {})
+        for name, value in wanted.items():
             server.post(f"/settings/{name}", value)
-        context = browser.new_context(viewport={"width": 1500, "height": 1000})
-        contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(60_000)
-        page.goto(server.url)
-        page.wait_for_function(READY)
-        page.wait_for_function("!document.querySelector('.p-blockui-mask')")  # it takes the mouse
-        page.evaluate("app.graph.clear()")
-        page.on("console", note_console)
-        page.on("response", note_response)
-        page.on("pageerror", lambda error: console_errors.append(str(error)))
+        page = pages(wanted["Comfy.Locale"])
+        page.unroute_all(behavior="ignoreErrors")
+        page.set_viewport_size(VIEWPORT)
+        page.mouse.move(5, 500)
+        page.evaluate(EMPTY, wanted)
+        for event, note in (
+            ("console", note_console),
+            ("response", note_response),
+            ("pageerror", note_exception),
+        ):
+            page.on(event, note)
+            heard.append((page, event, note))
         return page
 
     yield open_one
-    for context in contexts:
-        context.close()
+    for page, event, note in heard:
+        page.remove_listener(event, note)

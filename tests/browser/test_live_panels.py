@@ -1,15 +1,9 @@
 """What all live charts share: quiet, sparing, readable by keyboard, honest without a server."""
 
 import pytest
+from host.live_nodes import KINDS
 
 RENDERERS = pytest.mark.parametrize("vue", [False, True], ids=["canvas", "nodes-2.0"])
-KINDS = [
-    "BraidTimestepSampling",
-    "BraidTimestepPreview",
-    "BraidPostHocEma",
-    "BraidMagCache",
-    "BraidMagCachePlan",
-]
 PREPARE = """(kinds) => {
   const { setInterval, clearInterval } = window;
   const clocks = new Set();
@@ -78,9 +72,14 @@ def messages(page):
         if "Content Security Policy" not in message.text:
             printed.append(message.text)
 
+    def raised(error):
+        printed.append(str(error))
+
     page.on("console", heard)
-    page.on("pageerror", lambda error: printed.append(str(error)))
-    return printed
+    page.on("pageerror", raised)
+    yield printed
+    page.remove_listener("console", heard)
+    page.remove_listener("pageerror", raised)
 
 
 def wait_for_charts(page, count: int = len(KINDS)) -> None:

@@ -309,18 +309,50 @@ def test_the_live_chart_has_the_weights_of_a_run_of_the_node(output):
         json.dumps(chart, allow_nan=False)
 
 
-def test_the_live_chart_shows_what_a_linked_training_will_save_and_else_an_example(output):
-    checkpointing = {
-        "node_id": "BraidCheckpointing",
-        "values": {"save_every_n_steps": 250, "save_last_n": 3},
-        "inputs": {},
+def training_of(steps: int, **checkpointing):
+    """A Train LoRA node with a log, and behind it Checkpoints and Resume where it is given."""
+    linked = {"node_id": "BraidCheckpointing", "values": checkpointing, "inputs": {}}
+    log = {
+        "node_id": "BraidTrainingLog",
+        "values": {},
+        "inputs": {"options": linked} if checkpointing else {},
     }
-    log = {"node_id": "BraidTrainingLog", "values": {}, "inputs": {"options": checkpointing}}
-    train = {"node_id": "BraidTrainLora", "values": {"steps": 1100}, "inputs": {"options": log}}
+    return {"node_id": "BraidTrainLora", "values": {"steps": steps}, "inputs": {"options": log}}
+
+
+@pytest.mark.parametrize(
+    ("steps", "last", "saved"),
+    [(1000, 0, [250, 500, 750, 1000]), (1000, 3, [500, 750, 1000]), (1100, 2, [750, 1000, 1100])],
+)
+def test_the_live_chart_shows_what_a_linked_training_will_save(steps, last, saved):
+    train = training_of(steps, save_every_n_steps=250, save_last_n=last)
     planned = chart_of("ema", browser_node(dict(SIGMA_REL), checkpoints=train))
-    assert planned["steps"] == [500, 750, 1000] and "will save" in planned["note"]
+    assert planned["steps"] == saved and "will save" in planned["note"]
+
+
+def test_the_live_chart_is_an_example_only_where_nothing_is_linked():
     example = chart_of("ema", browser_node(dict(SIGMA_REL)))
-    assert len(example["weights"]) == 10 and "example" in example["note"]
+    assert len(example["weights"]) == 10 and "no run is linked" in example["note"]
+
+
+@pytest.mark.parametrize(
+    ("checkpointing", "what_to_set"),
+    [
+        ({}, "link Checkpoints and Resume to the options of Train LoRA"),
+        ({"save_every_n_steps": 0}, "save_every_n_steps is 0; 30 saves about 10 checkpoints"),
+        (
+            {"save_every_n_steps": 400},
+            "save_every_n_steps is 400 of 300 steps; 30 saves about 10 checkpoints",
+        ),
+    ],
+)
+def test_linked_to_a_run_that_saves_one_file_the_chart_says_so_and_what_to_set(
+    checkpointing, what_to_set
+):
+    train = training_of(300, **(checkpointing and {"save_last_n": 0, **checkpointing}))
+    answer = chart_of("ema", browser_node(dict(SIGMA_REL), checkpoints=train))
+    assert answer["message"].startswith("The linked run saves only its finished LoRA")
+    assert what_to_set in answer["message"]
 
 
 def test_the_live_chart_says_what_the_node_would_say(output):

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .browse import browsing
+from .browse import browsing, measured
 from .find import PACK
 from .serve import Server
 from .workflows import BLUE, GREEN, PURPLE, Graph, Node
@@ -150,9 +150,7 @@ BLUEPRINTS = [
 SERIALIZE = """async (workflow) => {
     await app.loadGraphData(workflow);
     await new Promise((done) => setTimeout(done, 500));
-    const nodes = app.graph.nodes ?? app.graph._nodes;
-    const sizes = nodes.map((node) => [node.id, ...node.computeSize()]);
-    return { sizes, nodes: app.graph.serialize().nodes };
+    return app.graph.serialize().nodes;
 }"""
 
 
@@ -259,10 +257,9 @@ def write(blueprint: Blueprint, page, object_info: dict, folder: Path = FOLDER) 
     """Describe, measure in the front end, write; the path of the file."""
     graph = Graph(object_info)
     frame = blueprint.describe(graph)
-    measured = page.evaluate(SERIALIZE, graph.to_json())
-    graph.lay_out({int(number): (width, height) for number, width, height in measured["sizes"]})
+    graph.lay_out(measured(page, graph.to_json()))
     places = {node["id"]: (node["pos"], node["size"]) for node in graph.nodes}
-    graph.nodes = sorted(measured["nodes"], key=lambda node: node["id"])
+    graph.nodes = sorted(page.evaluate(SERIALIZE, graph.to_json()), key=lambda node: node["id"])
     for node in graph.nodes:
         node["pos"], node["size"] = places[node["id"]]
     _renumber(graph)

@@ -1,5 +1,6 @@
 """A headless Chromium at a running ComfyUI."""
 
+import base64
 import os
 import shutil
 from collections.abc import Iterator
@@ -13,6 +14,34 @@ CHROMIUM_ARGUMENTS = [
     "--disable-sync",
     "--no-first-run",
 ]
+PICTURED = [
+    "BraidEmaReconstruct",
+    "BraidFp8Loader",
+    "BraidMagCacheCalibration",
+    "BraidTrainLora",
+    "LossGraphNode",
+    "PreviewImage",
+    "SaveImage",
+]
+"""Nodes in which the front end shows a picture once they have run."""
+PICTURE = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
+)
+"""A PNG."""
+MEASURE = """async ([workflow, vue, pictured]) => {
+    await app.extensionManager.setting.set("Comfy.VueNodes.Enabled", vue);
+    await app.loadGraphData(workflow);
+    for (const { id, type } of app.graph.nodes.filter((node) => pictured.includes(node.type))) {
+        const images = [{ filename: "measured.png", subfolder: "", type: "temp" }];
+        const detail = { node: String(id), output: { images } };
+        app.api.dispatchEvent(new CustomEvent("executed", { detail }));
+    }
+    await new Promise((done) => setTimeout(done, 1500));
+    return app.graph.nodes.map((node) => {
+        const least = node.computeSize();
+        return [node.id, Math.max(node.size[0], least[0]), Math.max(node.size[1], least[1])];
+    });
+}"""
 READY = "!!window.app?.graph?.nodes?.length"
 """The host has opened its own first workflow, so every node is registered."""
 
@@ -38,3 +67,14 @@ def browsing(url: str, width: int = 1600, height: int = 1000, density: float = 1
         page.evaluate("app.graph.clear()")
         yield page
         browser.close()
+
+
+def measured(page, workflow: dict) -> dict[int, tuple[float, float]]:
+    """(width, height) that each node needs after a run, by id: the larger of both renderers."""
+    page.route("**/view?*measured.png*", lambda route: route.fulfill(body=PICTURE))
+    sizes: dict[int, tuple[float, float]] = {}
+    for vue in (True, False):
+        for number, *size in page.evaluate(MEASURE, [workflow, vue, PICTURED]):
+            before = sizes.get(int(number), (0.0, 0.0))
+            sizes[int(number)] = (max(before[0], size[0]), max(before[1], size[1]))
+    return sizes

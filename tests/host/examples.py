@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 
 from . import real_models
-from .browse import browsing
+from .browse import browsing, measured
 from .everything import everything
 from .playground import (
     playground_data,
@@ -362,26 +362,6 @@ WORKFLOWS: dict[str, Callable[[Graph], None]] = {
     **real_models.WORKFLOWS,
 }
 
-MEASURE = """async ([workflow, vue]) => {
-    await app.extensionManager.setting.set("Comfy.VueNodes.Enabled", vue);
-    await app.loadGraphData(workflow);
-    await new Promise((done) => setTimeout(done, 1500));
-    return app.graph.nodes.map((node) => {
-        const least = node.computeSize();
-        return [node.id, Math.max(node.size[0], least[0]), Math.max(node.size[1], least[1])];
-    });
-}"""
-
-
-def measured(page, graph: Graph) -> dict[int, tuple[float, float]]:
-    """(width, height) that each node needs, by id, on the canvas and under Nodes 2.0 alike."""
-    sizes: dict[int, tuple[float, float]] = {}
-    for vue in (False, True):
-        for number, *size in page.evaluate(MEASURE, [graph.to_json(), vue]):
-            before = sizes.get(int(number), (0.0, 0.0))
-            sizes[int(number)] = (max(before[0], size[0]), max(before[1], size[1]))
-    return sizes
-
 
 def main() -> None:
     wanted = sys.argv[1:] or list(WORKFLOWS)
@@ -390,7 +370,7 @@ def main() -> None:
         for name in wanted:
             graph = Graph(object_info)
             WORKFLOWS[name](graph)
-            graph.lay_out(measured(page, graph))
+            graph.lay_out(measured(page, graph.to_json()))
             graph.write(EXAMPLES / f"{name}.json")
             sys.stdout.write(f"{name}.json: {len(graph.nodes)} nodes\n")
 

@@ -5,7 +5,9 @@ front end makes them: the node's inputs in order, the fields of a DynamicCombo r
 one more value after a seed with `control_after_generate`.
 """
 
+import functools
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +24,8 @@ BYPASSED = 4
 TITLE_HEIGHT, GAP = 30, 20
 BLUE, GREEN, PURPLE, BROWN = "#3f5f8a", "#4a7a4a", "#6a4a8a", "#8a6a3a"
 """Of groups."""
+NOTE = {"color": "#432", "bgcolor": "#3a2f1e"}
+"""Of notes: dark enough for the grey in which newer front ends write them."""
 
 
 def read_workflow(path: Path) -> dict:
@@ -146,9 +150,9 @@ class Graph:
         return Node(node)
 
     def note(self, text: str, height: int = 160) -> None:
-        """A note in Markdown."""
-        node = self._append("MarkdownNote", height, [text])
-        node |= {"color": "#432", "bgcolor": "#653"}
+        """A note in Markdown; `code` in it comes out bold."""
+        node = self._append("MarkdownNote", height, [_bold(text)])
+        node |= NOTE
 
     def lay_out(self, measured: dict[int, tuple[float, float]]) -> None:
         """Stack the nodes of each column; `measured` is the (width, height) of each node by id."""
@@ -247,6 +251,12 @@ class Node:
         """The node itself, switched off: it does not run until someone presses Ctrl+B on it."""
         self.json["mode"] = BYPASSED
         return self
+
+
+def _bold(text: str) -> str:
+    """Markdown with its code in bold: Nodes 2.0 writes code in blue, unreadable on our brown."""
+    escape = functools.partial(re.sub, r"([*\\<>\[\]])", r"\\\1")
+    return re.sub("`([^`]+)`", lambda code: f"**{escape(code[1])}**", text)
 
 
 def _group(number: int, column: Column) -> dict:

@@ -13,6 +13,9 @@ const OFF_SCREEN = "off screen";
 /** question -> its last answer: undo and a tab that comes back draw at once, then ask again. */
 const remembered = new Map();
 
+/** Place of a node -> what its last run answered, and to which question: undo makes the node anew. */
+const runs = new Map();
+
 /** While the server is away: what all panels say, and until when none of them asks. */
 const away = { answer: null, until: 0 };
 
@@ -32,14 +35,18 @@ export class LivePanel {
    * @param {(question: string, signal: AbortSignal) => Promise<any>} options.ask the answer: JSON
    *   for the chart, {error} or {message}; `again` in it says that the server is away
    * @param {import("./face.js").Chart} options.chart
+   * @param {() => string} options.place what stays the same when the front end makes the node anew
+   * @param {() => HTMLElement | null} options.heir the element of the node that has taken the place
+   *   of this one's; null while this one's is in it
    */
-  constructor({ observe, ask, chart }) {
+  constructor({ observe, ask, chart, place, heir }) {
     this.observe = observe;
     this.ask = ask;
+    this.place = place;
+    this.heir = heir;
     this.face = new ChartFace(chart);
     this.question = "";
     this.queuedAs = null;
-    this.run = null;
     this.timer = 0;
     this.askedAt = 0;
     this.request = new AbortController();
@@ -63,7 +70,7 @@ export class LivePanel {
    * only where that is a sentence.
    */
   ran(answer, liveWins = false) {
-    this.run = { question: this.queuedAs ?? this.observe(), answer, liveWins };
+    keep(runs, this.place(), { question: this.queuedAs ?? this.observe(), answer, liveWins });
     this.question = ""; // look again
   }
 
@@ -86,10 +93,21 @@ export class LivePanel {
   }
 
   #tick() {
+    if (this.#replaced()) return;
     const waited = this.askedAt && performance.now() - this.askedAt;
     if (waited > GIVE_UP_AFTER_MS) this.request.abort();
     if (waited) this.face.wait(waited > SLOW_AFTER_MS);
     else if (!document.hidden) this.#look();
+  }
+
+  /**
+   * Nodes 2.0 keeps what it has drawn of a node when undo, or a workflow with a node of the same
+   * id, puts another in its place: this panel would stay on screen, and the other's never get there.
+   */
+  #replaced() {
+    const heir = this.heir();
+    if (heir && !heir.isConnected) this.element.replaceWith(heir);
+    return !!heir;
   }
 
   async #look() {
@@ -126,13 +144,19 @@ export class LivePanel {
     this.question = answer.again ? "" : question;
     this.#show(question, answer);
     if (answer.again || answer.error) return;
-    remembered.delete(question);
-    remembered.set(question, answer);
-    if (remembered.size > REMEMBERED) remembered.delete(remembered.keys().next().value);
+    keep(remembered, question, answer);
   }
 
   #show(question, answer) {
-    const ran = this.run?.question === question && (!this.run.liveWins || answer.message);
-    this.face.show(ran ? this.run.answer : answer);
+    const run = runs.get(this.place());
+    const ran = run?.question === question && (!run.liveWins || answer.message);
+    this.face.show(ran ? run.answer : answer);
   }
+}
+
+/** Note an entry; the oldest is forgotten. */
+function keep(map, key, value) {
+  map.delete(key);
+  map.set(key, value);
+  if (map.size > REMEMBERED) map.delete(map.keys().next().value);
 }
