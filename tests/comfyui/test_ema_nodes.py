@@ -358,7 +358,7 @@ def test_linked_to_a_run_that_saves_one_file_the_chart_says_so_and_what_to_set(
 def test_the_live_chart_says_what_the_node_would_say(output):
     for method, sentence in (
         ({"method": "sigma_rel", "sigma_rel": 0.4}, "no average"),
-        ({"method": "beta", "beta": 2.0}, "between 0 and 1"),
+        ({"method": "beta", "beta": 2.0}, "between 0.0 and 1.0"),
     ):
         with pytest.raises(ValueError, match=sentence):
             chart_of("ema", browser_node(method))
