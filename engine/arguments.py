@@ -8,16 +8,19 @@ One parser for all three. Accepted layouts, freely mixed:
 
 A token is split at its first `=`, so that a value may contain more of them (musubi refuses those).
 Values stay strings here; `parse_literal` and its typed relatives turn one into a Python value, by
-`ast.literal_eval` only; `parse_patterns` reads the patterns of one value, or of a widget.
+`ast.literal_eval` only. `patterns.py` reads the regular expressions of one.
 """
 
 import ast
-import difflib
 import math
 import re
 import warnings
 from collections.abc import Collection, Mapping
 
+from .refusals import did_you_mean, quoted, refuse_long, shortened
+
+LARGEST_INT = 2**53
+"""Beyond it a float, as which whole numbers are read, skips some."""
 _OPENING = {"[": "]", "(": ")", "{": "}"}
 _OPTION_NAME = re.compile(r"\s*(?:--)?\w*_args\b\s*(?:=\s*)?(?=[\s\"'\[]|--|$)")
 _SPACED_KEY = re.compile(r"(\w+)[ \t]+=[ \t]*")
@@ -32,16 +35,18 @@ def parse_arguments(
     `unquote`: take quotes around a whole value off, as a shell does from key="value".
     Raises ValueError, naming the token, for one without `=`, without a key, or given twice.
     """
+    refuse_long(option, text)
     arguments: dict[str, str] = {}
     for token in _tokens(text, option):
         key, equals, value = token.partition("=")
         key = key.strip()
         if not equals or not key.isidentifier():
             raise ValueError(
-                f"{option}: {token!r} is not key=value; write one a line, such as rank_dropout=0.1"
+                f"{option}: {quoted(token)} is not key=value; write one a line, such as "
+                "rank_dropout=0.1"
             )
         if key in arguments:
-            raise ValueError(f"{option}: {key} is given twice; keep one of the two")
+            raise ValueError(f"{option}: {shortened(key)} is given twice; keep one of the two")
         arguments[key] = _unquoted(value.strip()) if unquote else value.strip()
     return arguments
 
@@ -51,19 +56,14 @@ def refuse_unknown(option: str, arguments: Mapping[str, str], known: Collection[
     for key in arguments:
         if key not in known:
             raise ValueError(
-                f"{option}: unknown key {key!r}{did_you_mean(key, known)}; "
+                f"{option}: unknown key {quoted(key)}{did_you_mean(key, known)}; "
                 f"known keys: {', '.join(sorted(known))}"
             )
 
 
-def did_you_mean(word: str, known: Collection[str]) -> str:
-    """ " (did you mean …?)" with the closest known word, or nothing."""
-    close = difflib.get_close_matches(word, known, n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
-
-
 def parse_literal(key: str, value: str, allowed: str = LITERALS) -> object:
     """`value` as a Python literal; ValueError that names the key, the value and what is allowed."""
+    refuse_long(key, value)
     try:
         with warnings.catch_warnings():
             # r'…' is often forgotten before a regex; '\d' keeps its backslash, with this warning.
@@ -71,7 +71,7 @@ def parse_literal(key: str, value: str, allowed: str = LITERALS) -> object:
             warnings.simplefilter("ignore", DeprecationWarning)
             return ast.literal_eval(value)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
-        raise ValueError(f"{key}={value}: not {allowed}") from error
+        raise _not(key, value, allowed) from error
 
 
 def parse_float(key: str, value: str, allowed: str = "a number such as 0.1") -> float:
@@ -79,9 +79,9 @@ def parse_float(key: str, value: str, allowed: str = "a number such as 0.1") -> 
     try:
         number = float(value)
     except ValueError as error:
-        raise ValueError(f"{key}={value}: not {allowed}") from error
+        raise _not(key, value, allowed) from error
     if not math.isfinite(number):
-        raise ValueError(f"{key}={value}: not {allowed}")
+        raise _not(key, value, allowed)
     return number
 
 
@@ -89,8 +89,8 @@ def parse_int(key: str, value: str) -> int:
     """`value` as an int; 8.0 is one, 8.5 is not."""
     allowed = "a whole number such as 8"
     number = parse_float(key, value, allowed)
-    if number != int(number):
-        raise ValueError(f"{key}={value}: not {allowed}")
+    if number != int(number) or abs(number) > LARGEST_INT:
+        raise _not(key, value, allowed)
     return int(number)
 
 
@@ -98,28 +98,18 @@ def parse_bool(key: str, value: str) -> bool:
     """True or False in any case, also 1 and 0 (musubi takes exactly `True` for true)."""
     words = {"true": True, "1": True, "false": False, "0": False}
     if value.strip().lower() not in words:
-        raise ValueError(f"{key}={value}: not True or False")
+        raise _not(key, value, "True or False")
     return words[value.strip().lower()]
 
 
-def parse_patterns(key: str, text: str) -> tuple[str, ...]:
-    """Regexes, one a line (blank ones skipped), or musubi's Python list [r'…', r'…']."""
-    text = text.strip()
-    if not re.match(r"[\[(]\s*([rR]?['\"]|[\])]$)", text):
-        return tuple(_bare_regex(line.strip()) for line in text.splitlines() if line.strip())
-    allowed = "one regular expression a line, or a Python list such as [r'.*single_blocks.*']"
-    patterns = parse_literal(key, text, allowed)
-    if isinstance(patterns, str):  # ('…') is a string in brackets, not a tuple
-        patterns = [patterns]
-    if not isinstance(patterns, list | tuple) or not all(isinstance(p, str) for p in patterns):
-        raise ValueError(f"{key}={text}: not {allowed}")
-    return tuple(patterns)
+def _not(key: str, value: str, allowed: str) -> ValueError:
+    return ValueError(f"{key}={shortened(value)}: not {allowed}")
 
 
 def _tokens(text: str, option: str) -> list[str]:
     """Split at blanks and commas outside quotes and brackets; shell and TOML quotes are removed."""
     text = re.sub(r"\\\n", "\n", text)  # a command line continued with a backslash
-    text = re.sub(r"(?m)^\s*#.*$", "", text)
+    text = re.sub(r"(?m)^[^\S\n]*#.*$", "", text)
     named = _OPTION_NAME.match(text)
     text = text[named.end() :] if named else text
     if text.lstrip().startswith("["):
@@ -207,9 +197,3 @@ def _unquoted(value: str) -> str:
     if len(value) >= 2 and value[0] in "\"'" and value.find(value[0], 1) == len(value) - 1:
         return value[1:-1]
     return value
-
-
-def _bare_regex(line: str) -> str:
-    """A line of a pattern widget; r'…' and '…' around it, as copied from a list, are removed."""
-    quoted = re.fullmatch(r"[rR]?(['\"])(.*)\1,?", line)
-    return quoted.group(2) if quoted else line

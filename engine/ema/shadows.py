@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..checkpoints import AdapterStateDict, Checkpoints
 from ..files import DTYPES, read_header, sshs_hashes, write_safetensors
+from ..refusals import refuse_below
 from .layout import Source
 from .merge import Progress
 from .profile import (
@@ -70,8 +71,7 @@ class Shadows:
         update_every_steps: int = UPDATE_EVERY_STEPS,
     ) -> None:
         """`tensors` are watched, not copied: the optimizer must change them in place."""
-        if update_every_steps < 1:
-            raise ValueError(f"update_every_steps {update_every_steps}: must be 1 or more")
+        refuse_below("update_every_steps", update_every_steps, 1)
         self.sigma_rels = tuple(sigma_rels)
         self.update_every_steps = update_every_steps
         self.step = 0

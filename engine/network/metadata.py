@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping
 from datetime import datetime
 
+from ..refusals import quoted
 from .architectures import Architecture
 from .spec import NetworkSpec, network_args_of
 
@@ -67,12 +68,18 @@ def parse_metadata(text: str) -> dict[str, str]:
             f"metadata: not JSON ({error.msg} in line {error.lineno}, column {error.colno}); "
             f"write an object such as {example}"
         ) from error
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 1,000 brackets
+        raise ValueError(f"metadata: not JSON that can be read; write {example}") from error
     if not isinstance(fields, dict):
-        raise ValueError(f"metadata: {text.strip()[:40]!r} is not a JSON object such as {example}")
+        raise ValueError(f"metadata: {quoted(text.strip())} is not a JSON object such as {example}")
     reserved = [key for key in fields if key.startswith("sshs_")]
     if reserved:
         raise ValueError(f"metadata: {reserved[0]} is computed from the tensors; leave it out")
-    return {key: as_text(value) for key, value in fields.items()}
+    metadata = {key: as_text(value) for key, value in fields.items()}
+    for key, value in metadata.items():
+        if any("\ud800" <= character <= "\udfff" for character in key + value):
+            raise ValueError(f"metadata: {quoted(key)} holds half of a character; leave it out")
+    return metadata
 
 
 def as_text(value: object) -> str:

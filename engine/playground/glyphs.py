@@ -16,6 +16,8 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from ..refusals import refuse_other
+
 LETTERS = "ABCEHKRSTX"
 STYLES = ("plain", "outlined", "slanted", "checkered")
 SIZE = 32  # pixels
@@ -68,8 +70,7 @@ def caption_of(letter: str) -> str:
 
 def draw_dataset(count: int, style: str = "plain", seed: int = 0) -> list[Glyph]:
     """`count` glyphs of one style, letters in turn, everything else drawn from `seed`."""
-    if style not in STYLES:
-        raise ValueError(f"unknown style {style!r}; choose one of {', '.join(STYLES)}")
+    refuse_other("style", style, STYLES)
     generator = np.random.default_rng(seed)
     return [random_glyph(generator, LETTERS[i % len(LETTERS)], style) for i in range(count)]
 

@@ -13,7 +13,10 @@ from ...engine.training.options import (
 )
 from ...engine.training.state import STATE_SUFFIX
 from .. import sockets
-from ..outputs import inside_output, loras_folder, newest_first, plain_name
+from ..outputs import loras_folder, new_folder, newest_first, plain_name
+
+A_DATE = "20260101"
+"""What a log's folder has after its prefix."""
 
 
 def chained(options: TrainingOptions | None, **part: Any) -> io.NodeOutput:
@@ -165,8 +168,8 @@ class BraidTrainingLog(io.ComfyNode):
     ) -> io.NodeOutput:
         part = TrainingLog(
             log_with=log_with,
-            logging_dir=inside_output("logging_dir", logging_dir),
-            log_prefix=plain_name("log_prefix", log_prefix),
+            logging_dir=new_folder("logging_dir", logging_dir),
+            log_prefix=plain_name("log_prefix", log_prefix, ending=A_DATE),
             log_tracker_name=plain_name("log_tracker_name", log_tracker_name) or "network_train",
             wandb_run_name=wandb_run_name,
         )
