@@ -8,16 +8,19 @@ One parser for all three. Accepted layouts, freely mixed:
 
 A token is split at its first `=`, so that a value may contain more of them (musubi refuses those).
 Values stay strings here; `parse_literal` and its typed relatives turn one into a Python value, by
-`ast.literal_eval` only; `parse_patterns` reads the patterns of one value, or of a widget.
+`ast.literal_eval` only. `patterns.py` reads the regular expressions of one.
 """
 
 import ast
-import difflib
 import math
 import re
 import warnings
 from collections.abc import Collection, Mapping
 
+from .refusals import did_you_mean, quoted, refuse_long, shortened
+
+LARGEST_INT = 2**53
+"""Beyond it a float, as which whole numbers are read, skips some."""
 _OPENING = {"[": "]", "(": ")", "{": "}"}
 _OPTION_NAME = re.compile(r"\s*(?:--)?\w*_args\b\s*(?:=\s*)?(?=[\s\"'\[]|--|$)")
 _SPACED_KEY = re.compile(r"(\w+)[ \t]+=[ \t]*")
@@ -25,8 +28,6 @@ LITERALS = "a Python literal such as 0.01, True, None, 'text' or (0.9, 0.99)"
 LARGEST = 1e15
 LARGEST_WHOLE = 10_000_000
 """Of numbers among literals; Python counts on without end in step ** n, for a whole n."""
-MAX_TEXT = 100_000
-"""Characters of one option; a hundred times what anybody writes."""
 
 
 def parse_arguments(
@@ -36,17 +37,16 @@ def parse_arguments(
 
     `unquote`: take quotes around a whole value off, as a shell does from key="value".
     Raises ValueError, naming the token, for one without `=`, without a key, or given twice, and
-    for more than MAX_TEXT characters.
+    for a text that is longer than anybody writes.
     """
-    if len(text) > MAX_TEXT:
-        raise ValueError(f"{option} has {len(text)} characters; at most {MAX_TEXT} are read")
+    refuse_long(option, text)
     arguments: dict[str, str] = {}
     for token in _tokens(text, option):
         key, equals, value = token.partition("=")
         key = key.strip()
         if not equals or not key.isidentifier():
             raise ValueError(
-                f"{option}: {shortened(token)!r} is not key=value; write one a line, such as "
+                f"{option}: {quoted(token)} is not key=value; write one a line, such as "
                 "rank_dropout=0.1"
             )
         if key in arguments:
@@ -60,28 +60,9 @@ def refuse_unknown(option: str, arguments: Mapping[str, str], known: Collection[
     for key in arguments:
         if key not in known:
             raise ValueError(
-                f"{option}: unknown key {shortened(key)!r}{did_you_mean(key, known)}; "
+                f"{option}: unknown key {quoted(key)}{did_you_mean(key, known)}; "
                 f"known keys: {', '.join(sorted(known))}"
             )
-
-
-def did_you_mean(word: str, known: Collection[str]) -> str:
-    """ " (did you mean …?)" with the closest known word, or nothing."""
-    close = difflib.get_close_matches(word[:100], known, n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
-
-
-def shortened(text: str, limit: int = 80) -> str:
-    """One line of `text` for a sentence: blanks joined, signs that print nothing replaced, and
-    what is beyond the limit cut."""
-    line = " ".join(text[: 10 * limit].split())
-    line = "".join(sign if sign.isprintable() else "\ufffd" for sign in line)
-    return line if len(line) <= limit else f"{line[:limit]} …"
-
-
-def said(error: BaseException) -> str:
-    """What an error of somebody else's code says, as part of a sentence."""
-    return shortened(f"{type(error).__name__}: {error}".rstrip(": ."), 300)
 
 
 def _shown(key: str, value: object) -> str:
@@ -94,6 +75,7 @@ def _shown(key: str, value: object) -> str:
 
 def parse_literal(key: str, value: str, allowed: str = LITERALS) -> object:
     """`value` as a Python literal; ValueError that names the key, the value and what is allowed."""
+    refuse_long(key, value)
     try:
         with warnings.catch_warnings():
             # r'…' is often forgotten before a regex; '\d' keeps its backslash, with this warning.
@@ -101,7 +83,7 @@ def parse_literal(key: str, value: str, allowed: str = LITERALS) -> object:
             warnings.simplefilter("ignore", DeprecationWarning)
             return ast.literal_eval(value)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
-        raise ValueError(f"{_shown(key, value)}: not {allowed}") from error
+        raise _not(key, value, allowed) from error
 
 
 def check_values(option: str, arguments: Mapping[str, object]) -> None:
@@ -134,9 +116,9 @@ def parse_float(key: str, value: str, allowed: str = "a number such as 0.1") -> 
     try:
         number = float(value)
     except ValueError as error:
-        raise ValueError(f"{_shown(key, value)}: not {allowed}") from error
+        raise _not(key, value, allowed) from error
     if not math.isfinite(number):
-        raise ValueError(f"{_shown(key, value)}: not {allowed}")
+        raise _not(key, value, allowed)
     return number
 
 
@@ -144,8 +126,8 @@ def parse_int(key: str, value: str) -> int:
     """`value` as an int; 8.0 is one, 8.5 is not."""
     allowed = "a whole number such as 8"
     number = parse_float(key, value, allowed)
-    if number != int(number):
-        raise ValueError(f"{_shown(key, value)}: not {allowed}")
+    if number != int(number) or abs(number) > LARGEST_INT:
+        raise _not(key, value, allowed)
     return int(number)
 
 
@@ -153,28 +135,18 @@ def parse_bool(key: str, value: str) -> bool:
     """True or False in any case, also 1 and 0 (musubi takes exactly `True` for true)."""
     words = {"true": True, "1": True, "false": False, "0": False}
     if value.strip().lower() not in words:
-        raise ValueError(f"{_shown(key, value)}: not True or False")
+        raise _not(key, value, "True or False")
     return words[value.strip().lower()]
 
 
-def parse_patterns(key: str, text: str) -> tuple[str, ...]:
-    """Regexes, one a line (blank ones skipped), or musubi's Python list [r'…', r'…']."""
-    text = text.strip()
-    if not re.match(r"[\[(]\s*([rR]?['\"]|[\])]$)", text):
-        return tuple(_bare_regex(line.strip()) for line in text.splitlines() if line.strip())
-    allowed = "one regular expression a line, or a Python list such as [r'.*single_blocks.*']"
-    patterns = parse_literal(key, text, allowed)
-    if isinstance(patterns, str):  # ('…') is a string in brackets, not a tuple
-        patterns = [patterns]
-    if not isinstance(patterns, list | tuple) or not all(isinstance(p, str) for p in patterns):
-        raise ValueError(f"{_shown(key, text)}: not {allowed}")
-    return tuple(patterns)
+def _not(key: str, value: object, allowed: str) -> ValueError:
+    return ValueError(f"{_shown(key, value)}: not {allowed}")
 
 
 def _tokens(text: str, option: str) -> list[str]:
     """Split at blanks and commas outside quotes and brackets; shell and TOML quotes are removed."""
     text = re.sub(r"\\\n", "\n", text)  # a command line continued with a backslash
-    text = re.sub(r"(?m)^\s*#.*$", "", text)
+    text = re.sub(r"(?m)^[^\S\n]*#.*$", "", text)
     named = _OPTION_NAME.match(text)
     text = text[named.end() :] if named else text
     if text.lstrip().startswith("["):
@@ -262,9 +234,3 @@ def _unquoted(value: str) -> str:
     if len(value) >= 2 and value[0] in "\"'" and value.find(value[0], 1) == len(value) - 1:
         return value[1:-1]
     return value
-
-
-def _bare_regex(line: str) -> str:
-    """A line of a pattern widget; r'…' and '…' around it, as copied from a list, are removed."""
-    quoted = re.fullmatch(r"[rR]?(['\"])(.*)\1,?", line)
-    return quoted.group(2) if quoted else line

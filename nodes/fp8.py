@@ -6,13 +6,13 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io, ui
 
-from ..engine.arguments import parse_patterns
 from ..engine.canvas import as_image
 from ..engine.comfyui.fp8.loader import Fp8Request, load_fp8
 from ..engine.comfyui.fp8.save import save_fp8
 from ..engine.fp8.chart import error_chart
 from ..engine.fp8.policy import Fp8Policy, LayerPatterns
 from ..engine.fp8.report import Fp8Report
+from ..engine.patterns import parse_patterns
 from ..engine.playground.model import WEIGHTS
 from .outputs import next_file, shown_picture
 from .sockets import FP8
@@ -90,16 +90,18 @@ class BraidFp8Loader(io.ComfyNode):
                     default="",
                     multiline=True,
                     advanced=True,
-                    tooltip="Regular expressions, one a line, found in a Linear's name: quantised "
-                    "in addition to the architecture's preset. Empty: the preset alone.",
+                    tooltip="Regular expressions, one a line, found anywhere in a Linear's name "
+                    "(LoRA Network's match all of it): quantised in addition to the "
+                    "architecture's preset. Empty: the preset alone.",
                 ),
                 io.String.Input(
                     "exclude_patterns",
                     default="",
                     multiline=True,
                     advanced=True,
-                    tooltip="Regular expressions, one a line: kept in the file's precision, "
-                    "whatever else says otherwise. The report names the layers that are worth it.",
+                    tooltip="Regular expressions, one a line, found anywhere in a Linear's name "
+                    "(LoRA Network's match all of it): kept in the file's precision, whatever "
+                    "else says otherwise. The report names the layers that are worth it.",
                 ),
                 io.Combo.Input(
                     "lora_name",

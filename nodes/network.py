@@ -65,8 +65,8 @@ class BraidNetwork(io.ComfyNode):
                     default="",
                     multiline=True,
                     tooltip="Layers to leave alone: one regular expression a line, or musubi's "
-                    "list [r'.*single_blocks.*']. It must match the whole layer name. Added to the "
-                    "model's own defaults.",
+                    "list [r'.*single_blocks.*']. It must match the whole layer name (in the FP8 "
+                    "loader it is found anywhere). Added to the model's own defaults.",
                 ),
                 io.String.Input(
                     "include_patterns",

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import threading
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import folder_paths
 from comfy_api.latest import io, ui
 
 from ..engine.folders import Bounds, Search, SearchEndedError
-from ..engine.names import FORBIDDEN_IN_NAMES, check_local_path, check_typed_path
+from ..engine.names import check_local_path, check_new_path, check_typed_path
+from ..engine.refusals import quoted
 from ..engine.writing import failures_said, remove_leftovers
 
 logger = logging.getLogger("comfyui_braid")
@@ -87,30 +89,56 @@ def inside_output(option: str, typed: str, below: str = "") -> Path:
     root = (output_folder() / below).resolve()
     resolved = (root / typed).resolve()
     if not resolved.is_relative_to(root):
-        raise ValueError(f"{option} is {typed!r}, which is not inside {root}; give a path in it")
+        raise ValueError(
+            f"{option} is {quoted(typed)}, which is not inside {root}; give a path in it"
+        )
     return resolved
+
+
+def new_place(option: str, typed: str, below: str = "", ending: str = "") -> str:
+    """`typed` with / between folders on every system; ValueError for a path that leads out of
+    output/`below`, and for one that some system could not open, see `check_new_path`."""
+    typed = typed.replace("\\", "/")
+    _, without_drive = os.path.splitdrive(typed)
+    check_new_path(option, without_drive, ending)
+    inside_output(option, typed, below)
+    return typed
+
+
+def new_folder(option: str, typed: str) -> Path:
+    """A folder inside the output folder that may have to be made, refused as in `new_place`."""
+    return inside_output(option, new_place(option, typed))
 
 
 def next_file(filename_prefix: str, suffix: str, below: str = "") -> Path:
     """The next free numbered file of that prefix under output/`below`, whose folder then exists.
 
-    ValueError when the prefix names no file or leads out of the output folder.
+    ValueError when the prefix names no file or is refused as in `new_place`.
     """
+    option = "filename_prefix"
     if not filename_prefix.strip() or filename_prefix.endswith(("/", "\\")):
         raise ValueError(
-            f"filename_prefix {filename_prefix!r} names no file; write one such as loras/my_lora"
+            f"{option} {quoted(filename_prefix)} names no file; write one such as loras/my_lora"
         )
-    inside_output("filename_prefix", filename_prefix, below)
+    if "%date:" in filename_prefix:
+        raise ValueError(
+            f"{option} is {quoted(filename_prefix)}; ComfyUI fills %date:…% in for its own nodes "
+            "alone: write %year%-%month%-%day% here"
+        )
+    prefix = new_place(option, filename_prefix, below, ending=f"_00001_{suffix}")
     root = output_folder() / below
-    with failures_said(root / filename_prefix):
+    with failures_said(root / prefix):
         root.mkdir(parents=True, exist_ok=True)
-        folder, name, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, str(root))
+        folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, str(root))
     return Path(folder) / f"{name}_{counter:05}_{suffix}"
 
 
-def plain_name(option: str, name: str) -> str:
-    """A part of a folder's name; ValueError for what holds a path."""
-    check_typed_path(option, name)
-    if any(sign in name for sign in FORBIDDEN_IN_NAMES + "/") or name in (".", ".."):
-        raise ValueError(f"{option} is {name!r}; it is part of a folder name and may hold no path")
+def plain_name(option: str, name: str, ending: str = "") -> str:
+    """A part of a folder's name, before `ending`; ValueError for what holds a path or is refused
+    as in `new_place`."""
+    check_new_path(option, name, ending)
+    if any(sign in name for sign in "/\\") or name in (".", ".."):
+        raise ValueError(
+            f"{option} is {quoted(name)}; it is part of a folder name and may hold no path"
+        )
     return name

@@ -13,7 +13,7 @@ from typing import Any
 
 import folder_paths
 
-from ..engine.arguments import did_you_mean, shortened
+from ..engine.refusals import did_you_mean, shortened
 from .outputs import output_folder
 
 SETTINGS = ("optimizers",)

@@ -113,6 +113,11 @@ def test_only_one_file_makes_a_path_to_write_from_what_was_typed():
     )
 
 
+def test_only_one_file_matches_the_regular_expressions_of_users():
+    found = [p.name for p in SOURCES if "regex" in {module for module, _ in _imports(p)}]
+    assert found == ["patterns.py"]
+
+
 def test_manager_installs_what_pyproject_names():
     project = (ROOT / "pyproject.toml").read_text().split("dependencies = [")[1].split("]")[0]
     lines = (ROOT / "requirements.txt").read_text().splitlines()

@@ -10,6 +10,7 @@ from ..checkpoints import AdapterStateDict, Checkpoints
 from ..files import read_tensors, write_safetensors
 from ..folders import Search
 from ..hashes import sshs_hashes
+from ..refusals import refuse_other
 from .merge import Progress, merged_tensors, prepare_merge, write_merged
 from .one_run import check_one_run
 from .order import TrainedOrder, selected, trained_order
@@ -108,8 +109,7 @@ def averaged(
     Closing the generator early leaves no file. Raises ValueError, naming file and key, before the
     first step for files that do not fit together, and at the latest before `output` exists.
     """
-    if space not in SPACES:
-        raise ValueError(f"space {space!r}: choose one of {', '.join(SPACES)}")
+    refuse_other("space", space, SPACES)
     merge = prepare_merge(plan.order.files, plan.betas.tolist(), follows_musubi(plan.schedule))
     report = plan.report() | {"space": space}
     if space == "product":

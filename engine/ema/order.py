@@ -11,6 +11,7 @@ import numpy as np
 from ..checkpoints import Checkpoint, epoch_of
 from ..files import read_header
 from ..folders import Search
+from ..refusals import refuse_other
 from .profile import Floats
 
 SORTS = ("step", "mtime", "given")
@@ -79,15 +80,13 @@ def trained_order(
     """
     if not checkpoints:
         raise ValueError("no checkpoints to average; load a folder that holds some")
-    match sort:
-        case "step":
-            return _by_training_time(checkpoints, search)
-        case "mtime":
-            by_mtime = sorted(checkpoints, key=lambda item: item.path.stat().st_mtime_ns)
-            return _in_this_order(by_mtime, "modification time")
-        case "given":
-            return _in_this_order(checkpoints, "as given")
-    raise ValueError(f"sort {sort!r}: choose one of {', '.join(SORTS)}")
+    refuse_other("sort", sort, SORTS)
+    if sort == "step":
+        return _by_training_time(checkpoints, search)
+    if sort == "mtime":
+        by_mtime = sorted(checkpoints, key=lambda item: item.path.stat().st_mtime_ns)
+        return _in_this_order(by_mtime, "modification time")
+    return _in_this_order(checkpoints, "as given")
 
 
 def selected(order: TrainedOrder, first: int = 1, last: int = 0) -> TrainedOrder:

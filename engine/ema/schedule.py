@@ -10,6 +10,7 @@ from itertools import repeat
 
 import numpy as np
 
+from ..refusals import refuse_outside
 from .profile import (
     Floats,
     check_sigma_rel,
@@ -30,8 +31,7 @@ class BetaRamp:
 
     def __post_init__(self) -> None:
         for name, value in (("beta", self.beta), ("beta2", self.beta2)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} {value:g}: must be between 0 and 1; 0.95 is usual")
+            refuse_outside(name, value, 0, 1, "0.95 is usual")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -18,7 +18,11 @@ import torch
 from torch import Tensor
 
 from ..files import write_safetensors
-from .profile import gamma_from_sigma_rel, power_beta
+from ..refusals import refuse_below
+from .profile import (
+    gamma_from_sigma_rel,
+    power_beta,
+)
 
 SIGMA_RELS = (0.05, 0.08, 0.13, 0.2, 0.25)
 """Five widths from which every profile of 0.05 to 0.25 is rebuilt within 0.8 %.
@@ -59,8 +63,7 @@ class Shadows:
         update_every_steps: int = UPDATE_EVERY_STEPS,
     ) -> None:
         """`tensors` are watched, not copied: the optimizer must change them in place."""
-        if update_every_steps < 1:
-            raise ValueError(f"update_every_steps {update_every_steps}: must be 1 or more")
+        refuse_below("update_every_steps", update_every_steps, 1)
         self.sigma_rels = tuple(sigma_rels)
         self.update_every_steps = update_every_steps
         self.step = 0

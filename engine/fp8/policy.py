@@ -1,9 +1,13 @@
 """Which layers are held in FP8, and how: formats, granularities and a preset per architecture."""
 
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+
+from ..patterns import TimeLimit, UserPattern, check_patterns, compile_patterns
+from ..refusals import refuse_other
 
 FP8_DTYPES = {"e4m3fn": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 GRANULARITIES = ("tensor", "channel", "block")
@@ -13,22 +17,16 @@ SCALE_ROUNDINGS = ("exact", "musubi")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerPatterns:
-    """Regular expressions, searched in a layer's module name (`double_blocks.0.img_mod.lin`)."""
+    """Regular expressions, searched in a layer's module name (`double_blocks.0.img_mod.lin`).
+
+    LoRA Network's patterns must match the whole name, as musubi-tuner's; these name parts of it,
+    as musubi's lists of FP8 keys do.
+    """
 
     include: tuple[str, ...] = ()
     """A layer is quantised when one of these is found in its name …"""
     exclude: tuple[str, ...] = ()
     """… and none of these is."""
-
-    def __post_init__(self) -> None:
-        for kind in ("include", "exclude"):
-            for pattern in getattr(self, kind):
-                try:
-                    re.compile(pattern)
-                except re.error as error:
-                    raise ValueError(
-                        f"{kind} pattern {pattern!r} is not a regular expression: {error}"
-                    ) from error
 
 
 # musubi-tuner's choice of layers (its per-model FP8 target and exclude keys), carried to the module
@@ -101,11 +99,11 @@ class Fp8Policy:
             ("scale_search", SCALE_SEARCHES),
             ("scale_rounding", SCALE_ROUNDINGS),
         ):
-            value = getattr(self, name)
-            if value not in allowed:
-                raise ValueError(f"{name} is {value!r}; choose one of {', '.join(allowed)}")
+            refuse_other(name, getattr(self, name), allowed)
         if self.block_size < 2 or self.block_size % 2:
             raise ValueError(f"block_size is {self.block_size}; give an even number, 2 or more")
+        check_patterns("include_patterns", self.patterns.include)
+        check_patterns("exclude_patterns", self.patterns.exclude)
         if self.scale_rounding == "musubi" and self.scale_search != "amax":
             raise ValueError("scale_rounding 'musubi' goes with scale_search 'amax' only")
 
@@ -122,20 +120,38 @@ class Fp8Policy:
             return self.block_size
         return in_features
 
-    def decide(self, name: str, architecture: str) -> Decision:
-        """Whether the Linear called `name` in a model of `architecture` is quantised, and why."""
-        if pattern := _first_match(self.patterns.exclude, name):
-            return Decision(quantize=False, reason=f"your exclude pattern {pattern!r}")
-        if pattern := _first_match(self.patterns.include, name):
-            return Decision(quantize=True, reason=f"your include pattern {pattern!r}")
-        known = architecture in PRESETS
-        preset, title = (PRESETS.get(architecture, GENERIC), architecture if known else "generic")
-        if pattern := _first_match(preset.exclude, name):
+    def decide(self, names: Sequence[str], architecture: str) -> dict[str, Decision]:
+        """Whether each of these Linears of a model of `architecture` is quantised, and why.
+
+        Raises ValueError when the user's patterns take too long.
+        """
+        limit = TimeLimit.start()
+        exclude = compile_patterns("exclude_patterns", self.patterns.exclude, limit)
+        include = compile_patterns("include_patterns", self.patterns.include, limit)
+        decisions = {}
+        for name in names:
+            if pattern := _first_found(exclude, name, limit):
+                decision = Decision(quantize=False, reason=f"your exclude pattern {pattern!r}")
+            elif pattern := _first_found(include, name, limit):
+                decision = Decision(quantize=True, reason=f"your include pattern {pattern!r}")
+            else:
+                decision = preset_decision(name, architecture)
+            decisions[name] = decision
+        return decisions
+
+
+def preset_decision(name: str, architecture: str) -> Decision:
+    """What the preset of an architecture, or the generic one, says of one Linear."""
+    known = architecture in PRESETS
+    preset, title = (PRESETS.get(architecture, GENERIC), architecture if known else "generic")
+    for pattern in preset.exclude:
+        if re.search(pattern, name):
             return Decision(quantize=False, reason=f"{title} preset keeps {pattern!r}")
-        if pattern := _first_match(preset.include, name):
-            return Decision(quantize=True, reason=f"{title} preset")
-        return Decision(quantize=False, reason=f"outside the layers of the {title} preset")
+    if any(re.search(pattern, name) for pattern in preset.include):
+        return Decision(quantize=True, reason=f"{title} preset")
+    return Decision(quantize=False, reason=f"outside the layers of the {title} preset")
 
 
-def _first_match(patterns: tuple[str, ...], name: str) -> str | None:
-    return next((pattern for pattern in patterns if re.search(pattern, name)), None)
+def _first_found(patterns: Iterable[UserPattern], name: str, limit: TimeLimit) -> str:
+    """The first of these patterns that is found in the name, or ""."""
+    return next((pattern.text for pattern in patterns if pattern.search(name, limit)), "")

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from datetime import datetime
 
 from ..reading import is_unicode, parse_json, shown
+from ..refusals import quoted
 from .architectures import Architecture
 from .spec import NetworkSpec, network_args_of
 
@@ -69,7 +70,7 @@ def parse_metadata(text: str) -> dict[str, str]:
     except ValueError as error:
         raise ValueError(f"metadata: {error}; write an object such as {example}") from error
     if not isinstance(fields, dict):
-        raise ValueError(f"metadata: {text.strip()[:40]!r} is not a JSON object such as {example}")
+        raise ValueError(f"metadata: {quoted(text.strip())} is not a JSON object such as {example}")
     metadata = {key: as_text(value) for key, value in fields.items()}
     for key, value in metadata.items():
         if key.startswith("sshs_"):

@@ -1,6 +1,5 @@
 """NetworkSpec: everything that shapes the trainable adapter, and its text form `network_args`."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -10,10 +9,10 @@ from ..arguments import (
     parse_bool,
     parse_float,
     parse_int,
-    parse_patterns,
     refuse_unknown,
-    shortened,
 )
+from ..patterns import check_patterns, parse_patterns
+from ..refusals import shortened
 
 Kind = Literal["lora", "loha", "lokr"]
 TargetMode = Literal["musubi", "whitelist"]
@@ -38,14 +37,8 @@ class TargetPatterns:
 
     def __post_init__(self) -> None:
         _refuse_other("target_mode", self.mode, TARGET_MODES)
-        for name, patterns in (("exclude", self.exclude), ("include", self.include)):
-            for pattern in patterns:
-                try:
-                    re.compile(pattern)
-                except re.error as error:
-                    raise ValueError(
-                        f"{name}_patterns: {pattern!r} is not a regular expression ({error})"
-                    ) from error
+        check_patterns("exclude_patterns", self.exclude)
+        check_patterns("include_patterns", self.include)
         if self.mode == "whitelist" and not self.include:
             raise ValueError(
                 "target_mode whitelist adapts only what include_patterns match, and none is given; "

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..patterns import TimeLimit, UserPattern, compile_patterns
 from .adapters import ADAPTERS, LoKr
 from .architectures import Architecture
 from .layers import LayerShape, layers_of
-from .spec import NetworkSpec
+from .spec import NetworkSpec, TargetMode, TargetPatterns
 
 logger = logging.getLogger("comfyui_braid.network")
 DEFAULT_EXCLUDE, EXCLUDE, INCLUDE = "default exclude", "exclude_patterns", "include_patterns"
@@ -50,7 +51,7 @@ class PatternCount:
     matches: int
     """Layers whose whole name it matches, among those it is asked about."""
     near: int
-    """Layers in whose name it occurs: what `.*pattern.*` would match."""
+    """Layers in whose name it occurs, what `.*pattern.*` would match; counted when none matches."""
 
     @property
     def advice(self) -> str:
@@ -97,20 +98,24 @@ class TargetReport:
 def select_targets(model: nn.Module, spec: NetworkSpec, architecture: Architecture) -> TargetReport:
     """Decide for every Linear and convolution of `model`, the diffusion model itself.
 
-    Raises ValueError when nothing is selected, with the patterns that came near.
+    Raises ValueError when nothing is selected, with the patterns that came near, and when the
+    patterns take too long.
     """
-    rules = _Rules.of(spec, architecture)
+    layers = tuple(layers_of(model))
+    outside = {name: _outside(name, shape, spec, architecture) for name, _, shape in layers}
+    asked = [name for name, reason in outside.items() if not reason]
+    matches = _matches(asked, spec.targets, architecture)
+    decided = {name: _decide(name, matches, spec.targets.mode) for name in asked}
     candidates = tuple(
         Candidate(name=name, module=module, shape=shape, selected=selected, reason=reason)
-        for name, module, shape in layers_of(model)
-        for selected, reason in [rules.decide(name, shape)]
+        for name, module, shape in layers
+        for selected, reason in [decided.get(name, (False, outside[name]))]
     )
-    asked = [c.name for c in candidates if rules.may_adapt(c.name) and not _unfit(c.shape, spec)]
     report = TargetReport(
         architecture=architecture,
         spec=spec,
         candidates=candidates,
-        patterns=rules.counts(asked),
+        patterns=tuple(match.count for match in matches),
     )
     if spec.verbose:
         for candidate in candidates:
@@ -135,74 +140,68 @@ def parameter_count(shape: LayerShape, spec: NetworkSpec) -> int:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Rules:
-    """The patterns of one spec on one architecture, compiled."""
+class _Matches:
+    """What one pattern matches of the layers that it is asked about."""
 
-    spec: NetworkSpec
-    layers: re.Pattern[str]
-    patterns: tuple[tuple[str, re.Pattern[str]], ...]
-    """(origin, expression), in the order in which they are asked."""
+    count: PatternCount
+    names: frozenset[str]
+    """The layers whose whole name it matches."""
 
-    @classmethod
-    def of(cls, spec: NetworkSpec, architecture: Architecture) -> "_Rules":
-        targets = spec.targets
-        defaults = () if targets.mode == "whitelist" else architecture.exclude
-        origins = (
-            (DEFAULT_EXCLUDE, defaults),
-            (EXCLUDE, targets.exclude),
-            (INCLUDE, targets.include),
-        )
-        return cls(
-            spec=spec,
-            layers=re.compile(".*" if targets.mode == "whitelist" else architecture.layers),
-            patterns=tuple(
-                (origin, re.compile(pattern))
-                for origin, patterns in origins
-                for pattern in patterns
-            ),
-        )
 
-    def may_adapt(self, name: str) -> bool:
-        return self.layers.fullmatch(name) is not None
+def _matches(
+    names: Sequence[str], targets: TargetPatterns, architecture: Architecture
+) -> tuple[_Matches, ...]:
+    """Every pattern in use on `names`, in the order in which they are asked."""
+    defaults = () if targets.mode == "whitelist" else architecture.exclude
+    origins = ((DEFAULT_EXCLUDE, defaults), (EXCLUDE, targets.exclude), (INCLUDE, targets.include))
+    limit = TimeLimit.start()
+    return tuple(
+        _match(pattern, names, limit)
+        for origin, patterns in origins
+        for pattern in compile_patterns(origin, patterns, limit)
+    )
 
-    def decide(self, name: str, shape: LayerShape) -> tuple[bool, str]:
-        """(adapted, why) for one layer."""
-        if not self.may_adapt(name):
-            return False, "outside the blocks"
-        unfit = _unfit(shape, self.spec)
-        if unfit:
-            return False, unfit
-        excluded = self._first(name, (DEFAULT_EXCLUDE, EXCLUDE))
-        included = self._first(name, (INCLUDE,))
-        if self.spec.targets.mode == "whitelist":
-            if not included:
-                return False, "no include_patterns match"
-            return (False, excluded) if excluded else (True, included)
-        if excluded and included:
-            return True, f"{included} takes it back from {excluded}"
-        return (False, excluded) if excluded else (True, "in the blocks")
 
-    def counts(self, names: Sequence[str]) -> tuple[PatternCount, ...]:
-        return tuple(
-            PatternCount(
-                pattern=pattern.pattern,
-                origin=origin,
-                matches=sum(pattern.fullmatch(name) is not None for name in names),
-                near=sum(pattern.search(name) is not None for name in names),
-            )
-            for origin, pattern in self.patterns
-        )
+def _match(pattern: UserPattern, names: Sequence[str], limit: TimeLimit) -> _Matches:
+    matching = frozenset(name for name in names if pattern.fullmatch(name, limit))
+    near = 0 if matching else sum(pattern.search(name, limit) for name in names)
+    count = PatternCount(
+        pattern=pattern.text, origin=pattern.option, matches=len(matching), near=near
+    )
+    return _Matches(count=count, names=matching)
 
-    def _first(self, name: str, origins: tuple[str, ...]) -> str:
-        """Origin and pattern of the first one of these origins that matches, or ""."""
-        for origin, pattern in self.patterns:
-            if origin in origins and pattern.fullmatch(name):
-                return f"{origin} '{pattern.pattern}'"
-        return ""
+
+def _decide(name: str, matches: Sequence[_Matches], mode: TargetMode) -> tuple[bool, str]:
+    """(adapted, why) for a layer that may be adapted."""
+    excluded = _first(name, matches, (DEFAULT_EXCLUDE, EXCLUDE))
+    included = _first(name, matches, (INCLUDE,))
+    if mode == "whitelist":
+        if not included:
+            return False, "no include_patterns match"
+        return (False, excluded) if excluded else (True, included)
+    if excluded and included:
+        return True, f"{included} takes it back from {excluded}"
+    return (False, excluded) if excluded else (True, "in the blocks")
+
+
+def _first(name: str, matches: Sequence[_Matches], origins: tuple[str, ...]) -> str:
+    """Origin and pattern of the first one of these origins that matches, or ""."""
+    for match in matches:
+        if match.count.origin in origins and name in match.names:
+            return f"{match.count.origin} '{match.count.pattern}'"
+    return ""
+
+
+def _outside(name: str, shape: LayerShape, spec: NetworkSpec, architecture: Architecture) -> str:
+    """Why a layer is not adapted whatever the patterns, or ""."""
+    whitelist = spec.targets.mode == "whitelist"
+    if not whitelist and not re.fullmatch(architecture.layers, name):
+        return "outside the blocks"
+    return _unfit(shape, spec)
 
 
 def _unfit(shape: LayerShape, spec: NetworkSpec) -> str:
-    """Why a layer cannot be adapted whatever the patterns, or ""."""
+    """Why a layer cannot be adapted, or ""."""
     if shape.groups != 1:
         return f"convolution in {shape.groups} groups"
     if shape.padding_mode != "zeros":

@@ -16,6 +16,8 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from ..refusals import refuse_other
+
 LETTERS = "ABCEHKRSTX"
 STYLES = ("plain", "outlined", "slanted", "checkered")
 SIZE = 32  # pixels
@@ -72,8 +74,7 @@ MOST_GLYPHS = 10_000
 
 def draw_dataset(count: int, style: str = "plain", seed: int = 0) -> list[Glyph]:
     """`count` glyphs of one style, letters in turn, everything else drawn from `seed`."""
-    if style not in STYLES:
-        raise ValueError(f"unknown style {style!r}; choose one of {', '.join(STYLES)}")
+    refuse_other("style", style, STYLES)
     if not 1 <= count <= MOST_GLYPHS:
         raise ValueError(f"count is {count}; it must be 1 or more, at most {MOST_GLYPHS}")
     generator = np.random.default_rng(seed)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..refusals import refuse_not_finite, refuse_not_positive, refuse_other, refuse_outside
 from .distributions import (
     MODE_SCALE_MAX,
     MODE_SCALE_MIN,
@@ -107,19 +108,13 @@ class TimestepSampling:
     """Equal intervals that every epoch visits equally often; 0 or 1 = independent draws."""
 
     def __post_init__(self) -> None:
-        _one_of("timestep_sampling", self.mode, MODES)
-        _one_of("weighting_scheme", self.weighting_scheme, WEIGHTING_SCHEMES)
+        refuse_other("timestep_sampling", self.mode, MODES)
+        refuse_other("weighting_scheme", self.weighting_scheme, WEIGHTING_SCHEMES)
         for name in ("discrete_flow_shift", "sigmoid_scale", "logit_std"):
-            value = getattr(self, name)
-            if not 0.0 < value < math.inf:
-                raise ValueError(f"{name} is {value}; it must be a number above 0")
-        if not math.isfinite(self.logit_mean):
-            raise ValueError(f"logit_mean is {self.logit_mean}; it must be a finite number")
-        if not MODE_SCALE_MIN <= self.mode_scale <= MODE_SCALE_MAX:
-            raise ValueError(
-                f"mode_scale is {self.mode_scale}; it must lie in "
-                f"[{MODE_SCALE_MIN:g}, {MODE_SCALE_MAX:g}], where the mode law is monotone"
-            )
+            refuse_not_positive(name, getattr(self, name))
+        refuse_not_finite("logit_mean", self.logit_mean)
+        hint = "elsewhere the mode law is not monotone"
+        refuse_outside("mode_scale", self.mode_scale, MODE_SCALE_MIN, MODE_SCALE_MAX, hint)
         self._check_shares()
         self._check_range()
 
@@ -243,8 +238,3 @@ def _qinglong_law(sampling: TimestepSampling, height: int, width: int) -> Distri
             _logsnr_law(LOGSNR2_MEAN, LOGSNR2_STD),
         ),
     )
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")

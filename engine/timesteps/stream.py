@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..refusals import refuse_below
 from .distributions import LARGEST_BELOW_ONE
 from .sampling import TimestepSampling
 
@@ -60,10 +61,8 @@ class TimestepStream:
 
     def __init__(self, sampling: TimestepSampling, item_count: int, seed: int) -> None:
         """item_count: items of the dataset; seed: 0 or more."""
-        if item_count < 1:
-            raise ValueError(f"item_count is {item_count}; a run needs at least one item")
-        if seed < 0:
-            raise ValueError(f"seed is {seed}; it must be 0 or more")
+        refuse_below("item_count", item_count, 1)
+        refuse_below("seed", seed, 0)
         self.sampling = sampling
         self.seed = seed
         self._visits = np.zeros(item_count, dtype=np.int64)

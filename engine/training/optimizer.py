@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from ..arguments import check_values, refuse_unknown, said, shortened
+from ..arguments import check_values, refuse_unknown
+from ..refusals import said, shortened
 from .form import optimizer_like, part_of, schedule_like
 from .optimizer_classes import OPTIMIZERS, find_optimizer_class
 from .plan import MAX_STEPS

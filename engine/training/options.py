@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..refusals import refuse_below, refuse_other
+
 Step = TypeVar("Step")
 LOG_TARGETS = ("tensorboard", "wandb", "all")
 
@@ -26,8 +28,7 @@ class Checkpointing:
 
     def __post_init__(self) -> None:
         for name in ("save_every_n_steps", "save_last_n"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 (off) or more")
+            refuse_below(name, getattr(self, name), 0, "off")
 
     def saving_steps(self, steps: int) -> range:
         """The steps after which a run of `steps` saves its adapter."""
@@ -53,10 +54,7 @@ class TrainingLog:
     wandb_run_name: str = ""
 
     def __post_init__(self) -> None:
-        if self.log_with not in LOG_TARGETS:
-            raise ValueError(
-                f"log_with is {self.log_with!r}; choose one of {', '.join(LOG_TARGETS)}"
-            )
+        refuse_other("log_with", self.log_with, LOG_TARGETS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,8 +75,7 @@ class Preview:
     every_n_steps: int
 
     def __post_init__(self) -> None:
-        if self.every_n_steps < 1:
-            raise ValueError(f"sample_every_n_steps is {self.every_n_steps}; it must be at least 1")
+        refuse_below("sample_every_n_steps", self.every_n_steps, 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,8 +89,7 @@ class Validation:
 
     def __post_init__(self) -> None:
         for name in ("every_n_steps", "timesteps_per_item"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+            refuse_below(name, getattr(self, name), 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,9 +1,9 @@
 """TrainingPlan: how long, how fast, in which precision, from which seed."""
 
-import math
 from dataclasses import dataclass
 
-from ..names import FORBIDDEN_IN_NAMES, check_typed_path
+from ..names import check_new_path
+from ..refusals import quoted, refuse_below, refuse_other
 
 LOSS_TYPES = ("mse", "huber", "smooth_l1")
 MIXED_PRECISIONS = ("bf16", "fp16", "no")
@@ -42,37 +42,24 @@ class TrainingPlan:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "gradient_accumulation_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+            refuse_below(name, getattr(self, name), 1)
         if self.steps > MAX_STEPS:
             raise ValueError(f"steps is {self.steps}; it must be at most {MAX_STEPS}")
         for name in ("max_grad_norm", "scale_weight_norms", "blocks_to_swap", "seed", "guidance"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 (off) or more")
+            refuse_below(name, getattr(self, name), 0, "off")
         if not 0 < self.learning_rate < 100:
             raise ValueError(
                 f"learning_rate is {self.learning_rate}; it must be above 0 (1e-4 is usual)"
             )
-        for name, allowed in (
-            ("mixed_precision", MIXED_PRECISIONS),
-            ("loss_type", LOSS_TYPES),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}"
-                )
+        refuse_other("mixed_precision", self.mixed_precision, MIXED_PRECISIONS)
+        refuse_other("loss_type", self.loss_type, LOSS_TYPES)
         self._check_output_name()
 
     def _check_output_name(self) -> None:
-        check_typed_path("output_name", self.output_name)
+        check_new_path("output_name", self.output_name)
         parts = self.output_name.split("/")
-        if not self.output_name.strip() or any(p.strip() in ("", ".", "..") for p in parts):
+        if "\\" in self.output_name or any(part.strip() in ("", ".", "..") for part in parts):
             raise ValueError(
-                f"output_name is {self.output_name!r}; give a file name such as my_lora, "
+                f"output_name is {quoted(self.output_name)}; give a file name such as my_lora, "
                 "with / for sub-folders and without .."
-            )
-        if any(sign in self.output_name for sign in FORBIDDEN_IN_NAMES):
-            raise ValueError(
-                f"output_name is {self.output_name!r}; file names cannot hold any of "
-                '< > : " | ? * or a backslash'
             )

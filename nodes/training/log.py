@@ -4,8 +4,11 @@ from comfy_api.latest import io
 
 from ...engine.training.options import LOG_TARGETS, TrainingLog, TrainingOptions
 from .. import sockets
-from ..outputs import inside_output, plain_name
+from ..outputs import new_folder, plain_name
 from .options import chained, options_input, options_output
+
+A_DATE = "20260101"
+"""What a log's folder has after its prefix."""
 
 
 class BraidTrainingLog(io.ComfyNode):
@@ -61,8 +64,8 @@ class BraidTrainingLog(io.ComfyNode):
     ) -> io.NodeOutput:
         part = TrainingLog(
             log_with=log_with,
-            logging_dir=inside_output("logging_dir", logging_dir),
-            log_prefix=plain_name("log_prefix", log_prefix),
+            logging_dir=new_folder("logging_dir", logging_dir),
+            log_prefix=plain_name("log_prefix", log_prefix, ending=A_DATE),
             log_tracker_name=plain_name("log_tracker_name", log_tracker_name) or "network_train",
             wandb_run_name=wandb_run_name,
         )

@@ -127,8 +127,8 @@ def test_a_preset_quantises_exactly_the_linears_of_musubis_table(name):
         if any(target in f"{layer}.weight" for target in targets)
         and not any(word in f"{layer}.weight" for word in excluded)
     }
-    policy = Fp8Policy()
-    assert {layer for layer in names if policy.decide(layer, architecture).quantize} == expected
+    decided = Fp8Policy().decide(names, architecture)
+    assert {layer for layer in names if decided[layer].quantize} == expected
     assert expected
 
 

@@ -52,7 +52,7 @@ def test_every_mode_builds_from_its_own_fields_alone(mode):
 
 def test_a_mode_that_is_none_is_refused_with_all_that_are():
     """The host leaves a dynamic combo out when the API sent a key that it does not have."""
-    with pytest.raises(ValueError, match="timestep_sampling is ''; it must be one of sigma, unif"):
+    with pytest.raises(ValueError, match="timestep_sampling is ''; choose one of sigma, unif"):
         BraidTimestepSampling.execute(**RANGE)
 
 

@@ -2,6 +2,7 @@
 nothing outside ComfyUI's folders is read before somebody queues the graph."""
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -51,6 +52,62 @@ TYPED = UNUSABLE | {
     "unicode": "日本語/絵 ñ",
 }
 ELSEWHERE = "The files lie outside ComfyUI's folders: run the graph to see them here."
+ALWAYS, WITH_AN_ENDING = "refused as it is", "taken where a number or a date follows"
+NOT_EVERYWHERE = {
+    "con": ("device", WITH_AN_ENDING),
+    "NUL": ("device", WITH_AN_ENDING),
+    "COM1": ("device", WITH_AN_ENDING),
+    "lpt²": ("device", WITH_AN_ENDING),
+    "CONIN$": ("device", WITH_AN_ENDING),
+    "clock$": ("device", WITH_AN_ENDING),
+    "aux.txt": ("device", ALWAYS),
+    "Prn .tar.gz": ("device", ALWAYS),
+    "my lora.": ("dot or a blank", WITH_AN_ENDING),
+    "my lora ": ("dot or a blank", WITH_AN_ENDING),
+    "...": ("dot or a blank", WITH_AN_ENDING),
+    "a<b": ("cannot hold any of", ALWAYS),
+    "a>b": ("cannot hold any of", ALWAYS),
+    "a:b": ("cannot hold any of", ALWAYS),
+    'a"b': ("cannot hold any of", ALWAYS),
+    "a|b": ("cannot hold any of", ALWAYS),
+    "a?b": ("cannot hold any of", ALWAYS),
+    "a*b": ("cannot hold any of", ALWAYS),
+    "gpj\u202eexe": (r"U\+202E \(RIGHT-TO-LEFT OVERRIDE\)", ALWAYS),
+    "\u2066a\u2069": (r"U\+2066", ALWAYS),
+    "a\u200bb": (r"U\+200B \(ZERO WIDTH SPACE\)", ALWAYS),
+    "a\u200db": (r"U\+200D", ALWAYS),  # joins nothing
+    "\ufeffa": (r"U\+FEFF", ALWAYS),
+    "a\u00adb": (r"U\+00AD", ALWAYS),
+    "a\u2028b": (r"U\+2028", ALWAYS),
+    "a\u3164b": (r"U\+3164", ALWAYS),
+    "a\x85b": (r"U\+0085", ALWAYS),
+    "a\U000e0041b": (r"U\+E0041", ALWAYS),
+}
+"""What is typed: what the sentence says, and where."""
+NOT_A_FOLDER = {
+    "con/x": "device",
+    "a/nul.b/x": "device",
+    "a./x": "dot or a blank",
+    "a /x": "dot or a blank",
+    "a\u202eb/x": r"U\+202E",
+    "/".join(["x" * 100] * 11): "at most 1,000",
+}
+ORDINARY = [
+    "console",
+    "com10",
+    "nullify.v2",
+    "lora v1.5 (final) [x] + y = z, 100%!",
+    "犬と猫　写真",
+    "絵ñ",
+    "小猫_测试",
+    "고양이",
+    "кошка",
+    "قطة جميلة",
+    "می\u200cخواهم",
+    "क्\u200dष",
+    "🐈\u200d⬛ ❤️\u200d🔥 👩🏽\u200d🚀",
+    "🏴\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f",
+]
 LORA = {
     "diffusion_model.x.lora_up.weight": torch.ones(4, 2),
     "diffusion_model.x.lora_down.weight": torch.ones(2, 4),
@@ -150,6 +207,8 @@ WRITERS = {
     "log_prefix of Training Log": lambda typed: log(log_prefix=typed),
     "log_tracker_name of Training Log": lambda typed: log(log_tracker_name=typed),
 }
+PREFIXES = [where for where in WRITERS if "prefix" in where]
+PATHS = [where for where in WRITERS if not where.startswith(("log_prefix", "log_tracker_name"))]
 of_each_writer = pytest.mark.parametrize("where", WRITERS)
 
 
@@ -173,10 +232,46 @@ def test_a_name_that_no_file_can_have_is_refused_before_anything_is_written(wher
     assert {p for p in output().rglob("*.*") if "run" not in p.parts} == before
 
 
+@pytest.mark.parametrize("typed", NOT_EVERYWHERE, ids=ascii)
 @of_each_writer
-def test_letters_of_any_script_name_a_file(where, world):
-    WRITERS[where]("絵ñ")
-    assert [path for path in output().rglob("*") if "絵ñ" in str(path) and path.is_file()]
+def test_a_name_that_some_system_cannot_open_or_the_eye_cannot_read_is_refused(where, typed, world):
+    said, is_made = NOT_EVERYWHERE[typed]
+    if is_made is WITH_AN_ENDING and where in PREFIXES:
+        WRITERS[where](typed)
+        return
+    before = set(output().rglob("*.*"))
+    with pytest.raises(ValueError, match=f"^{where.split()[0]} .*{said}"):
+        WRITERS[where](typed)
+    assert {p for p in output().rglob("*.*") if "run" not in p.parts} == before
+
+
+@pytest.mark.parametrize("typed", NOT_A_FOLDER, ids=lambda typed: ascii(typed[:20]))
+@pytest.mark.parametrize("where", PATHS)
+def test_a_folder_of_such_a_name_is_refused_too(where, typed, world):
+    with pytest.raises(ValueError, match=f"^{where.split()[0]} .*{NOT_A_FOLDER[typed]}"):
+        WRITERS[where](typed)
+
+
+@of_each_writer
+def test_ordinary_names_of_every_language_are_taken(where, world):
+    for typed in ["/".join(ORDINARY)] if where in PATHS else ORDINARY:
+        WRITERS[where](typed)
+        assert [path for path in output().rglob("*") if typed in str(path) and path.is_file()]
+
+
+@pytest.mark.parametrize("where", [where for where in WRITERS if "filename_prefix" in where])
+def test_the_placeholders_of_comfyui_and_folders_of_windows_are_filled_in(where, world):
+    WRITERS[where]("%year%-%month%\\%hour%%minute%%second%")
+    made = ["/".join(path.parts[-2:]) for path in output().rglob("*_00001_*")]
+    assert any(re.match(r"\d{4}-\d\d/\d{6}_00001_", path) for path in made)
+    with pytest.raises(ValueError, match="write %year%-%month%-%day% here"):
+        WRITERS[where]("%date:yyyy-MM-dd%/x")
+
+
+@pytest.mark.parametrize("typed", [".", "./logs", "tests/../logs", ""])
+def test_a_log_folder_may_be_the_output_folder_itself_or_a_way_round(typed, world):
+    log(logging_dir=typed)
+    assert list(output().rglob("events"))
 
 
 @pytest.mark.parametrize("typed", TYPED.values(), ids=TYPED)

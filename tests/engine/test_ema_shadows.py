@@ -212,5 +212,5 @@ def test_widths_that_no_profile_has_are_refused():
 
 
 def test_updating_every_zero_steps_is_refused():
-    with pytest.raises(ValueError, match="update_every_steps 0"):
+    with pytest.raises(ValueError, match="update_every_steps is 0; it must be 1 or more"):
         Shadows(_live(), update_every_steps=0)

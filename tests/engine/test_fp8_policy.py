@@ -27,7 +27,7 @@ KEPT = {
     ("architecture", "name"), [(a, n) for a, names in NAMES.items() for n in names]
 )
 def test_the_preset_quantises_the_layers_of_the_blocks(architecture, name):
-    decision = Fp8Policy().decide(name, architecture)
+    decision = Fp8Policy().decide([name], architecture)[name]
     assert decision.quantize and "preset" in decision.reason
 
 
@@ -35,23 +35,28 @@ def test_the_preset_quantises_the_layers_of_the_blocks(architecture, name):
     ("architecture", "name"), [(a, n) for a, names in KEPT.items() for n in names]
 )
 def test_the_preset_keeps_modulation_embeddings_and_heads(architecture, name):
-    decision = Fp8Policy().decide(name, architecture)
+    decision = Fp8Policy().decide([name], architecture)[name]
     assert not decision.quantize and "preset" in decision.reason
 
 
 def test_an_include_pattern_admits_what_the_preset_keeps_and_an_exclude_pattern_wins():
     patterns = LayerPatterns(include=(r"img_mod",), exclude=(r"^double_blocks\.1\.",))
-    policy = Fp8Policy(patterns=patterns)
-    assert policy.decide("double_blocks.0.img_mod.lin", "flux").quantize
-    assert policy.decide("double_blocks.0.txt_attn.qkv", "flux").quantize
-    excluded = policy.decide("double_blocks.1.img_mod.lin", "flux")
-    assert not excluded.quantize and "exclude" in excluded.reason
-    assert not policy.decide("double_blocks.0.txt_mod.lin", "flux").quantize
+    admitted, in_the_preset, excluded, kept = (
+        "double_blocks.0.img_mod.lin",
+        "double_blocks.0.txt_attn.qkv",
+        "double_blocks.1.img_mod.lin",
+        "double_blocks.0.txt_mod.lin",
+    )
+    names = [admitted, in_the_preset, excluded, kept]
+    decided = Fp8Policy(patterns=patterns).decide(names, "flux")
+    assert [name for name in names if decided[name].quantize] == [admitted, in_the_preset]
+    assert decided[excluded].reason == r"your exclude pattern '^double_blocks\\.1\\.'"
+    assert decided[kept].reason == r"flux preset keeps '_mod\\.lin$'"
 
 
 def test_a_pattern_that_is_no_regular_expression_is_refused():
-    with pytest.raises(ValueError, match=r"exclude pattern '\(' is not a regular expression"):
-        LayerPatterns(exclude=("(",))
+    with pytest.raises(ValueError, match=r"exclude_patterns: '\(' is not a regular expression"):
+        Fp8Policy(patterns=LayerPatterns(exclude=("(",)))
 
 
 @pytest.mark.parametrize(

@@ -119,3 +119,60 @@ def test_numbers_name_key_value_and_what_is_allowed():
             parse_float("p", bad)
     with pytest.raises(ValueError, match="v=yes: not True or False"):
         parse_bool("v", "yes")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\n" * 1_000_000,
+        "a" * 1_000_000,
+        "\n" * 49_000 + "#",
+        "a" * 49_000 + "=1",
+        "a=" + "[" * 49_000,
+        "a=" + "(" * 24_000 + ")" * 24_000,
+        'a="' + '\\"' * 24_000,
+        "'" * 49_999,
+        "a " * 24_000,
+        "a = " * 12_000,
+        "_args " * 8_000,
+    ],
+    ids=lambda text: f"{text[:6]!r} and so on",
+)
+def test_a_text_that_nobody_types_is_read_at_once_or_refused_in_one_short_sentence(text):
+    try:
+        refuse_unknown("network_args", parse_arguments(text), ["conv_dim"])
+    except ValueError as refusal:
+        assert len(str(refusal)) < 300 and "\n" not in str(refusal)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "[" * 1_000_000,
+        "[" * 49_000,
+        "-" * 49_000 + "1",
+        "1+" * 24_000 + "1",
+        "9" * 49_000,
+        "{" * 49_000,
+        "a." * 24_000 + "b",
+        "f(" * 24_000,
+        "not " * 12_000 + "1",
+        "lambda:" * 7_000 + "1",
+        "'\ud800'",
+        "a\0b",
+        "{[]: 1}",
+        "{**{}}",
+        "1 if 1 else " * 4_000 + "1",
+    ],
+    ids=lambda value: ascii(value[:12]),
+)
+def test_a_literal_that_python_cannot_read_is_refused_in_one_short_sentence(value):
+    with pytest.raises(ValueError, match="^x[= ]") as refusal:
+        parse_literal("x", value)
+    assert len(str(refusal.value)) < 300
+
+
+@pytest.mark.parametrize("value", ["1e300", "9" * 400, "-" + "9" * 40, "1e16"])
+def test_a_whole_number_that_no_setting_could_hold_is_refused(value):
+    with pytest.raises(ValueError, match="^n=.*: not a whole number such as 8$"):
+        parse_int("n", value)

@@ -472,3 +472,8 @@ def test_broken_metadata_says_where():
         parse_metadata('"text"')
     with pytest.raises(ValueError, match="sshs_legacy_hash is computed from the tensors"):
         parse_metadata('{"sshs_legacy_hash": "0"}')
+    with pytest.raises(ValueError, match="'a.ud800' holds half of a character"):
+        parse_metadata('{"a\\ud800": 1}')
+    for text in ("[" * 100_000, '{"a":' * 100_000, '{"a": ' + "9" * 100_000 + "}"):
+        with pytest.raises(ValueError, match="metadata: not JSON"):
+            parse_metadata(text)

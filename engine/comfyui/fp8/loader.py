@@ -186,12 +186,14 @@ def decide_layers(
     linears = {
         name for name, module in skeleton.model.diffusion_model.named_modules() if is_linear(module)
     }
-    decisions = {}
-    for key in tensors:
-        name = skeleton.module_keys.get(key, "").removesuffix(".weight")
-        if key.endswith(".weight") and name in linears:
-            decisions[key] = policy.decide(name, skeleton.architecture)
-    return decisions
+    keys = {
+        skeleton.module_keys.get(key, "").removesuffix(".weight"): key
+        for key in tensors
+        if key.endswith(".weight")
+    }
+    names = [name for name in keys if name in linears]
+    decided = policy.decide(names, skeleton.architecture)
+    return {keys[name]: decided[name] for name in names}
 
 
 def _lora_merge(skeleton: Skeleton, request: Fp8Request) -> tuple[Merge, str]:
