@@ -73,7 +73,7 @@ def edited(**changes):
     [
         (edited(schema=2), "has schema 2, this Braid reads 1"),
         (edited(plan__steps="7"), "plan.steps"),
-        (edited(plan__steps=0), "steps is 0; it must be at least 1"),
+        (edited(plan__steps=0), "steps is 0; it must be 1 or more"),
         (edited(plan__output_name="../x"), "output_name is '../x'"),
         (edited(network__rank=2.5), "network.rank"),
         (edited(network__kind="oft"), "network.kind"),
