@@ -19,6 +19,8 @@ from collections.abc import Collection, Mapping
 
 from .refusals import did_you_mean, quoted, refuse_long, shortened
 
+LARGEST_INT = 2**53
+"""Beyond it a float, as which whole numbers are read, skips some."""
 _OPENING = {"[": "]", "(": ")", "{": "}"}
 _OPTION_NAME = re.compile(r"\s*(?:--)?\w*_args\b\s*(?:=\s*)?(?=[\s\"'\[]|--|$)")
 _SPACED_KEY = re.compile(r"(\w+)[ \t]+=[ \t]*")
@@ -124,7 +126,7 @@ def parse_int(key: str, value: str) -> int:
     """`value` as an int; 8.0 is one, 8.5 is not."""
     allowed = "a whole number such as 8"
     number = parse_float(key, value, allowed)
-    if number != int(number):
+    if number != int(number) or abs(number) > LARGEST_INT:
         raise _not(key, value, allowed)
     return int(number)
 
