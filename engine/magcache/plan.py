@@ -85,15 +85,6 @@ class Curve:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Recommended:
-    """Settings of the paper's rule that a list was published with."""
-
-    threshold: float
-    retention_ratio: float
-    k: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class MagCachePlan:
     """Everything measured about a model's residuals, from which any run's skipping is decided."""
 
@@ -105,13 +96,8 @@ class MagCachePlan:
     inner_products: tuple[tuple[float, ...], ...] = ()
     """Lower triangle of <r_i, r_j> / elements between the steps' cached quantities; the `planned`
     rule reads every prediction error from it. Empty for published lists."""
-    sections: tuple[tuple[float, ...], ...] = ()
-    """Ratios of the first conditioning of each run that was averaged (sections of a long video)."""
-    recommended: Recommended | None = None
     source: str = ""
     """Where the numbers come from."""
-    note: str = ""
-    """What to know before using them."""
 
     def __post_init__(self) -> None:
         if not self.curves:
@@ -159,16 +145,12 @@ class MagCachePlan:
 
 
 def _plan_from(raw: Mapping[str, Any]) -> MagCachePlan:
-    recommended = raw.get("recommended")
     return MagCachePlan(
         name=str(raw["name"]),
         conditions=Conditions(**_tuples(raw["conditions"], Conditions)),
         curves=tuple(Curve(**_tuples(curve, Curve)) for curve in raw["curves"]),
         inner_products=tuple(_numbers(row) for row in raw.get("inner_products", ())),
-        sections=tuple(_numbers(row) for row in raw.get("sections", ())),
-        recommended=Recommended(**recommended) if recommended else None,
         source=str(raw.get("source", "")),
-        note=str(raw.get("note", "")),
     )
 
 
@@ -207,7 +189,6 @@ def plan_from_ratios(text: str) -> MagCachePlan:
         name="mag_ratios",
         conditions=Conditions(steps=len(ratios)),
         curves=(Curve(label=POSITIVE, ratios=ratios),),
-        sections=tuple(sections) if len(sections) > 1 else (),
         source="typed by hand",
     )
 

@@ -11,7 +11,7 @@ import torch
 
 from comfyui_braid.engine.magcache.calibration import (
     ResidualRecorder,
-    average_plans,
+    average_of_alike,
     calibrated_plan,
     consecutive_change,
 )
@@ -249,16 +249,15 @@ def test_tokens_without_a_previous_residual_do_not_make_the_ratio_infinite():
     assert consecutive_change(previous, current, -1)[0].item() == pytest.approx(2.0)
 
 
-def test_runs_under_the_same_conditions_are_averaged_and_others_refused():
+def test_runs_under_the_same_conditions_are_averaged_and_others_left_out():
     sigmas = shifted(10)
-    one = calibrate(sigmas)
+    one, other = calibrate(sigmas), calibrate(shifted(11))
     two = calibrate(sigmas, lambda s: 2 * residual_at(s * s))
-    mean = average_plans([one, two])
+    mean = average_of_alike([other, one, two])
     pair = zip(one.curves[0].ratios, two.curves[0].ratios, strict=True)
     assert mean.curves[0].ratios == pytest.approx([(a + b) / 2 for a, b in pair])
-    assert mean.sections == (one.curves[0].ratios, two.curves[0].ratios)
-    with pytest.raises(ValueError, match="cannot be averaged"):
-        average_plans([one, calibrate(shifted(11))])
+    assert mean.source == "test, mean of 2 runs" and mean.conditions == two.conditions
+    assert average_of_alike([one, two, other]) == other
 
 
 def test_pictures_have_the_size_of_a_node_and_something_on_them():
