@@ -10,7 +10,7 @@ from ..engine.arguments import parse_patterns
 from ..engine.canvas import as_image
 from ..engine.comfyui.fp8.loader import Fp8Request, load_fp8
 from ..engine.comfyui.fp8.save import save_fp8
-from ..engine.fp8.chart import error_chart
+from ..engine.fp8.figure import draw_errors
 from ..engine.fp8.policy import Fp8Policy, LayerPatterns
 from ..engine.fp8.report import Fp8Report
 from ..engine.playground.model import WEIGHTS
@@ -203,7 +203,7 @@ class BraidSaveFp8(io.ComfyNode):
 def _chart(report: Fp8Report) -> ui.PreviewImage | None:
     if not report.measured:
         return None
-    return shown_picture(as_image(error_chart(report)), BraidFp8Loader)
+    return shown_picture(as_image(draw_errors(report)), BraidFp8Loader)
 
 
 def _model_file(unet_name: str) -> Path:

@@ -9,7 +9,7 @@ from comfy_api.latest import io, ui
 from ...engine.canvas import as_image
 from ...engine.comfyui.magcache.conditions import network_settings
 from ...engine.comfyui.magcache.patch import MagCachePatch, magcache_of
-from ...engine.magcache.figure import schedule_picture
+from ...engine.magcache.figure import draw_schedule
 from ...engine.magcache.plan import MagCachePlan
 from ...engine.magcache.presets import preset_for
 from ...engine.magcache.rules import MagCacheSettings
@@ -141,7 +141,7 @@ class BraidMagCachePlan(io.ComfyNode):
         plan = plan or plan_from_widgets(preset, mag_ratios)
         levels = levels_for(plan, steps, None if sigmas is None else sigmas.tolist())
         schedule = plan_schedule(plan, levels, parse_rule(rule))
-        image = as_image(schedule_picture(schedule, plan.name))
+        image = as_image(draw_schedule(schedule, plan.name))
         report = json.dumps(schedule.to_dict(), indent=1)
         return io.NodeOutput(image, report, ui={"braid_live": [strip(schedule, plan)]})
 

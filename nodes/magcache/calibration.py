@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ...engine.canvas import as_image
 from ...engine.comfyui.magcache.calibrate import Calibrator
-from ...engine.magcache.figure import calibration_picture
+from ...engine.magcache.figure import draw_calibration
 from ...engine.magcache.plan import MagCachePlan, ratios_text
 from ...engine.writing import replaced_when_whole
 from .. import sockets
@@ -90,7 +90,7 @@ class BraidMagCacheCalibration(io.ComfyNode):
         plan = calibrator.result()
         if filename_prefix.strip():
             _save(plan, filename_prefix.strip())
-        image = as_image(calibration_picture(plan))
+        image = as_image(draw_calibration(plan))
         return io.NodeOutput(plan, ratios_text(plan), image, latent, ui=shown_picture(image, cls))
 
 

@@ -21,7 +21,7 @@ from comfyui_braid.engine.magcache.curve import (
     nearest_ratios,
     resampled_sigmas,
 )
-from comfyui_braid.engine.magcache.figure import calibration_picture, schedule_picture
+from comfyui_braid.engine.magcache.figure import draw_calibration, draw_schedule
 from comfyui_braid.engine.magcache.plan import Conditions, MagCachePlan, plan_from_ratios
 from comfyui_braid.engine.magcache.rules import MagCacheRule, PlannedRule
 from comfyui_braid.engine.magcache.schedule import plan_schedule, run_ratios
@@ -263,6 +263,6 @@ def test_runs_under_the_same_conditions_are_averaged_and_others_left_out():
 def test_pictures_have_the_size_of_a_node_and_something_on_them():
     plan = calibrate(shifted(20))
     schedule = plan_schedule(plan, shifted(20), PlannedRule())
-    for picture in (calibration_picture(plan), schedule_picture(schedule, plan.name)):
+    for picture in (draw_calibration(plan), draw_schedule(schedule, plan.name)):
         assert picture.dtype == np.uint8 and picture.shape[1] == 888
         assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 50
