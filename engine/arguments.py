@@ -22,6 +22,10 @@ _OPENING = {"[": "]", "(": ")", "{": "}"}
 _OPTION_NAME = re.compile(r"\s*(?:--)?\w*_args\b\s*(?:=\s*)?(?=[\s\"'\[]|--|$)")
 _SPACED_KEY = re.compile(r"(\w+)[ \t]+=[ \t]*")
 LITERALS = "a Python literal such as 0.01, True, None, 'text' or (0.9, 0.99)"
+LARGEST = 2.0**53
+"""Of a number among literals; whole ones are exact up to here."""
+MAX_TEXT = 100_000
+"""Characters of one option; a hundred times what anybody writes."""
 
 
 def parse_arguments(
@@ -30,18 +34,22 @@ def parse_arguments(
     """`key=value` tokens of `text` in the order given; keys and values without outer blanks.
 
     `unquote`: take quotes around a whole value off, as a shell does from key="value".
-    Raises ValueError, naming the token, for one without `=`, without a key, or given twice.
+    Raises ValueError, naming the token, for one without `=`, without a key, or given twice, and
+    for more than MAX_TEXT characters.
     """
+    if len(text) > MAX_TEXT:
+        raise ValueError(f"{option} has {len(text)} characters; at most {MAX_TEXT} are read")
     arguments: dict[str, str] = {}
     for token in _tokens(text, option):
         key, equals, value = token.partition("=")
         key = key.strip()
         if not equals or not key.isidentifier():
             raise ValueError(
-                f"{option}: {token!r} is not key=value; write one a line, such as rank_dropout=0.1"
+                f"{option}: {shortened(token)!r} is not key=value; write one a line, such as "
+                "rank_dropout=0.1"
             )
         if key in arguments:
-            raise ValueError(f"{option}: {key} is given twice; keep one of the two")
+            raise ValueError(f"{option}: {shortened(key)} is given twice; keep one of the two")
         arguments[key] = _unquoted(value.strip()) if unquote else value.strip()
     return arguments
 
@@ -51,15 +59,36 @@ def refuse_unknown(option: str, arguments: Mapping[str, str], known: Collection[
     for key in arguments:
         if key not in known:
             raise ValueError(
-                f"{option}: unknown key {key!r}{did_you_mean(key, known)}; "
+                f"{option}: unknown key {shortened(key)!r}{did_you_mean(key, known)}; "
                 f"known keys: {', '.join(sorted(known))}"
             )
 
 
 def did_you_mean(word: str, known: Collection[str]) -> str:
     """ " (did you mean …?)" with the closest known word, or nothing."""
-    close = difflib.get_close_matches(word, known, n=1)
+    close = difflib.get_close_matches(word[:100], known, n=1)
     return f" (did you mean {close[0]}?)" if close else ""
+
+
+def shortened(text: str, limit: int = 80) -> str:
+    """One line of `text` for a sentence: blanks joined, signs that print nothing replaced, and
+    what is beyond the limit cut."""
+    line = " ".join(text[: 10 * limit].split())
+    line = "".join(sign if sign.isprintable() else "\ufffd" for sign in line)
+    return line if len(line) <= limit else f"{line[:limit]} …"
+
+
+def said(error: BaseException) -> str:
+    """What an error of somebody else's code says, as part of a sentence."""
+    return shortened(f"{type(error).__name__}: {error}".rstrip(": ."), 300)
+
+
+def _shown(key: str, value: object) -> str:
+    try:
+        text = value if isinstance(value, str) else repr(value)
+    except ValueError:  # Python writes no integer of over 4300 digits
+        text = "an integer of very many digits"
+    return f"{shortened(key)}={shortened(text)}"
 
 
 def parse_literal(key: str, value: str, allowed: str = LITERALS) -> object:
@@ -71,7 +100,31 @@ def parse_literal(key: str, value: str, allowed: str = LITERALS) -> object:
             warnings.simplefilter("ignore", DeprecationWarning)
             return ast.literal_eval(value)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
-        raise ValueError(f"{key}={value}: not {allowed}") from error
+        raise ValueError(f"{_shown(key, value)}: not {allowed}") from error
+
+
+def check_values(option: str, arguments: Mapping[str, object]) -> None:
+    """ValueError for a value that is no plain literal or no number to calculate with.
+
+    Plain are None, True, False, text, finite numbers up to 2**53, and lists, tuples and dicts of
+    them: what a file can keep.
+    """
+    for key, value in arguments.items():
+        if not _is_plain(value):
+            raise ValueError(
+                f"{option}: {_shown(key, value)} is not a finite number up to 9e15, "
+                "True, False, None, text, or a tuple or list of them"
+            )
+
+
+def _is_plain(value: object) -> bool:
+    if value is None or isinstance(value, bool | str):
+        return True
+    if isinstance(value, int | float):
+        return abs(value) <= LARGEST  # neither an infinity nor NaN is
+    if isinstance(value, dict):
+        return all(_is_plain(part) for pair in value.items() for part in pair)
+    return isinstance(value, list | tuple) and all(_is_plain(part) for part in value)
 
 
 def parse_float(key: str, value: str, allowed: str = "a number such as 0.1") -> float:
@@ -79,9 +132,9 @@ def parse_float(key: str, value: str, allowed: str = "a number such as 0.1") -> 
     try:
         number = float(value)
     except ValueError as error:
-        raise ValueError(f"{key}={value}: not {allowed}") from error
+        raise ValueError(f"{_shown(key, value)}: not {allowed}") from error
     if not math.isfinite(number):
-        raise ValueError(f"{key}={value}: not {allowed}")
+        raise ValueError(f"{_shown(key, value)}: not {allowed}")
     return number
 
 
@@ -90,7 +143,7 @@ def parse_int(key: str, value: str) -> int:
     allowed = "a whole number such as 8"
     number = parse_float(key, value, allowed)
     if number != int(number):
-        raise ValueError(f"{key}={value}: not {allowed}")
+        raise ValueError(f"{_shown(key, value)}: not {allowed}")
     return int(number)
 
 
@@ -98,7 +151,7 @@ def parse_bool(key: str, value: str) -> bool:
     """True or False in any case, also 1 and 0 (musubi takes exactly `True` for true)."""
     words = {"true": True, "1": True, "false": False, "0": False}
     if value.strip().lower() not in words:
-        raise ValueError(f"{key}={value}: not True or False")
+        raise ValueError(f"{_shown(key, value)}: not True or False")
     return words[value.strip().lower()]
 
 
@@ -112,7 +165,7 @@ def parse_patterns(key: str, text: str) -> tuple[str, ...]:
     if isinstance(patterns, str):  # ('…') is a string in brackets, not a tuple
         patterns = [patterns]
     if not isinstance(patterns, list | tuple) or not all(isinstance(p, str) for p in patterns):
-        raise ValueError(f"{key}={text}: not {allowed}")
+        raise ValueError(f"{_shown(key, text)}: not {allowed}")
     return tuple(patterns)
 
 

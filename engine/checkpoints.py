@@ -13,7 +13,9 @@ from .folders import Search
 SHADOWS_SUFFIX = "-shadows.safetensors"
 """How the file with the EMA shadows of a run ends: `<run>-shadows.safetensors`."""
 
-_STEP_IN_NAME = re.compile(r"-step(\d+)$|_(\d+)_steps(_|$)")  # musubi; ComfyUI's Save LoRA
+_STEP_IN_NAME = re.compile(r"-step(\d{1,15})$|_(\d{1,15})_steps(_|$)")  # musubi; ComfyUI's own
+_COUNT = re.compile(r"\d{1,15}")
+"""What a file may say of its steps; more would be no exact number of anything."""
 _EPOCH_IN_NAME = re.compile(r"-(\d{6})$")  # musubi and kohya
 
 
@@ -50,7 +52,7 @@ class AdapterStateDict(dict[str, Tensor]):
 def step_of(path: Path, metadata: Mapping[str, str]) -> int | None:
     """Optimizer steps: `ss_steps` of the metadata, else the number in the file name, else None."""
     in_metadata = metadata.get("ss_steps", "")
-    if in_metadata.isdecimal():
+    if _COUNT.fullmatch(in_metadata):
         return int(in_metadata)
     match = _STEP_IN_NAME.search(path.stem)
     return int(match.group(1) or match.group(2)) if match else None
@@ -65,7 +67,7 @@ def epoch_of(path: Path, metadata: Mapping[str, str]) -> int | None:
     if match:
         return int(match.group(1))
     in_metadata = metadata.get("ss_epoch", "")
-    return int(in_metadata) if in_metadata.isdecimal() else None
+    return int(in_metadata) if _COUNT.fullmatch(in_metadata) else None
 
 
 def find_checkpoints(

@@ -1,22 +1,34 @@
-"""Files of safetensors, read and written, and the hashes that LoRA managers look for."""
+"""Files of safetensors: read once everything in their header is checked, written whole or not."""
 
-import hashlib
 import json
 import math
+import os
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
+from .reading import (
+    AGAIN,
+    MAX_JSON_BYTES,
+    DamagedFileError,
+    is_unicode,
+    open_regular,
+    parse_json,
+    shown,
+)
 from .writing import replaced_when_whole
 
-LEGACY_HASH_OFFSET = 0x100000
-LEGACY_HASH_LENGTH = 0x10000
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
+LONGEST_NAME = 500
+"""Characters in the name of a tensor; the longest that are known have 120."""
+MOST_SIDES = 32
+MOST_ELEMENTS = 2**48
+"""Of one tensor, sides of 0 counted as 1: their product must not overflow anywhere."""
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -66,47 +78,84 @@ class SafetensorsHeader:
 
 
 def read_header(path: Path) -> SafetensorsHeader:
-    """The header of a safetensors file; ValueError when the file is not one or is cut short."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    """The header of a safetensors file, in which everything has been checked.
+
+    Tensors have a known dtype and a printable name, and follow each other without a gap up to the
+    end of the file, each as long as dtype and shape say. DamagedFileError when it is not so.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
-        if len(prefix) < 8:
-            raise ValueError(f"{path}: not a safetensors file (only {len(prefix)} bytes)")
-        (length,) = struct.unpack("<Q", prefix)
-        if length > min(MAX_HEADER_BYTES, size - 8):
-            raise ValueError(f"{path}: not a safetensors file, or cut short ({size} bytes)")
-        text = file.read(length)
+        (length,) = struct.unpack("<Q", prefix.ljust(8, b"\0"))
+        if length > size - 8:
+            raise DamagedFileError(
+                path, f"not a safetensors file, or cut short ({size} bytes); {AGAIN}"
+            )
+        text = file.read(min(length, MAX_JSON_BYTES + 1))
     try:
-        header = _parsed_header(text, data_start=8 + length)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        # without the error, which may quote the file: it is anybody's
-        raise ValueError(f"{path}: not a safetensors file (its header is damaged)") from None
+        header = _checked_header(parse_json(text, deepest=3), data_start=8 + length)
+    except ValueError as error:
+        raise DamagedFileError(
+            path, f"not a safetensors file ({error}), or damaged; {AGAIN}"
+        ) from error
     end = max((entry.end for entry in header.tensors.values()), default=header.data_start)
     if end > size:
-        raise ValueError(
-            f"{path}: cut short (needs {end} bytes, has {size}); copy or save it again"
-        )
+        raise DamagedFileError(path, f"cut short (needs {end} bytes, has {size}); {AGAIN}")
+    if end < size:
+        raise DamagedFileError(path, f"damaged ({size - end} bytes follow its last one); {AGAIN}")
     return header
 
 
-def _parsed_header(text: bytes, data_start: int) -> SafetensorsHeader:
-    """The header from its JSON; any of the errors that `read_header` catches where it is wrong."""
-    raw = json.loads(text)
-    metadata = raw.pop("__metadata__", None) or {}
-    if not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError("its metadata is not all text")
-    tensors = {}
-    for name, entry in sorted(raw.items(), key=lambda item: item[1]["data_offsets"]):
-        start, end = entry["data_offsets"]
-        if not 0 <= start <= end:
-            raise ValueError(f"{name} lies at {start} to {end}")
-        tensors[name] = TensorEntry(
-            dtype=entry["dtype"],
-            shape=tuple(entry["shape"]),
-            start=data_start + start,
-            end=data_start + end,
-        )
+def _checked_header(raw: Any, data_start: int) -> SafetensorsHeader:
+    """The header from its JSON; ValueError says what is wrong with it."""
+    if not isinstance(raw, dict):
+        raise ValueError("its header is not an object")
+    metadata = raw.pop("__metadata__", None)
+    metadata = {} if metadata is None else _checked_metadata(metadata)
+    found = [(name, _checked_entry(name, entry, data_start)) for name, entry in raw.items()]
+    tensors = dict(sorted(found, key=lambda item: (item[1].start, item[1].end)))
+    end = data_start
+    for name, entry in tensors.items():
+        if entry.start != end:
+            raise ValueError(f"{name} starts at byte {entry.start}, the one before ends at {end}")
+        end = entry.end
     return SafetensorsHeader(metadata=metadata, tensors=tensors, data_start=data_start)
+
+
+def _checked_metadata(raw: Any) -> dict[str, str]:
+    if not isinstance(raw, dict) or not all(isinstance(text, str) for text in raw.values()):
+        raise ValueError("its metadata is not all text")
+    for key, text in raw.items():
+        if not is_unicode(key + text):
+            raise ValueError(f"its metadata {shown(key)} is no text")
+    return raw
+
+
+def _checked_entry(name: str, raw: Any, data_start: int) -> TensorEntry:
+    if len(name) > LONGEST_NAME or not name.isprintable():
+        raise ValueError(f"a tensor is called {shown(name)}")
+    match raw:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [start, end]}:
+            numbers = [*shape, start, end]
+        case _:
+            raise ValueError(f"{name} is described by {shown(raw)}")
+    if dtype not in DTYPES:
+        raise ValueError(
+            f"{name} has dtype {shown(dtype)}, which Braid does not read; it reads "
+            f"{', '.join(DTYPES)}"
+        )
+    if len(shape) > MOST_SIDES or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
+        raise ValueError(f"{name} has shape {shown(shape)} and lies at {shown([start, end])}")
+    if math.prod(max(side, 1) for side in shape) > MOST_ELEMENTS:
+        raise ValueError(f"{name} has shape {shown(shape)}")
+    takes = math.prod(shape) * DTYPES[dtype].itemsize
+    if end - start != takes:
+        raise ValueError(
+            f"{name} takes {end - start} bytes where {dtype} of shape {tuple(shape)} takes {takes}"
+        )
+    return TensorEntry(
+        dtype=dtype, shape=tuple(shape), start=data_start + start, end=data_start + end
+    )
 
 
 def saved_layout(
@@ -142,61 +191,22 @@ def header_bytes(layout: Mapping[str, TensorEntry], metadata: Mapping[str, str])
     return struct.pack("<Q", len(text)) + text
 
 
-class SshsHasher:
-    """The hashes of `sshs_hashes` from the data bytes as they stream past."""
-
-    def __init__(self, layout: Mapping[str, TensorEntry], metadata: Mapping[str, str]) -> None:
-        self._model = hashlib.sha256()
-        self._legacy = hashlib.sha256()
-        self._position = 0  # in the serialisation that holds only the `ss_` metadata
-        self._hash_legacy(header_bytes(layout, _ss_metadata(metadata)))
-
-    def update(self, data: memoryview) -> None:
-        """The next bytes of the data section."""
-        self._model.update(data)
-        self._hash_legacy(data)
-
-    def hashes(self) -> dict[str, str]:
-        """`sshs_model_hash` and `sshs_legacy_hash`, once all data has passed."""
-        return {
-            "sshs_model_hash": self._model.hexdigest(),
-            "sshs_legacy_hash": self._legacy.hexdigest()[:8],
-        }
-
-    def _hash_legacy(self, data: bytes | memoryview) -> None:
-        start = max(LEGACY_HASH_OFFSET - self._position, 0)
-        stop = max(LEGACY_HASH_OFFSET + LEGACY_HASH_LENGTH - self._position, 0)
-        self._legacy.update(data[start:stop])
-        self._position += len(data)
-
-
-def _ss_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
-    return {key: value for key, value in metadata.items() if key.startswith("ss_")}
-
-
-def sshs_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
-    """`sshs_model_hash` and `sshs_legacy_hash` as kohya's tools compute them.
-
-    Both are taken from a serialisation whose header holds only the `ss_…` metadata: the model hash
-    is the SHA-256 of everything after the header, the legacy hash the first 8 hex digits of the
-    SHA-256 of 64 KiB at offset 1 MiB.
-    """
-    data = memoryview(safetensors.torch.save(dict(tensors), _ss_metadata(metadata)))
-    (length,) = struct.unpack("<Q", data[:8])
-    legacy = data[LEGACY_HASH_OFFSET : LEGACY_HASH_OFFSET + LEGACY_HASH_LENGTH]
-    return {
-        "sshs_model_hash": hashlib.sha256(data[8 + length :]).hexdigest(),
-        "sshs_legacy_hash": hashlib.sha256(legacy).hexdigest()[:8],
-    }
-
-
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file in memory of their own.
+    """The tensors of a safetensors file in memory of their own; DamagedFileError as `read_header`.
 
     safetensors maps them: Windows would not let the file be replaced while they are in use, and
     what another program writes over it would be seen in them.
     """
-    return {key: tensor.clone() for key, tensor in safetensors.torch.load_file(path).items()}
+    return {key: tensor.clone() for key, tensor in mapped_tensors(path).items()}
+
+
+def mapped_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, read from it as they are used; errors likewise."""
+    read_header(path)
+    try:
+        return safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise DamagedFileError(path, f"not a safetensors file ({error}); {AGAIN}") from error
 
 
 def write_safetensors(

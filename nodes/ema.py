@@ -9,11 +9,16 @@ from comfy_api.latest import io
 from ..engine.canvas import as_image
 from ..engine.checkpoints import Checkpoints
 from ..engine.comfyui.progress import completed
-from ..engine.ema.average import SPACES, averaged, plan_average, report_json
+from ..engine.ema.average import (
+    SPACES,
+    averaged,
+    plan_average,
+    report_json,
+)
 from ..engine.ema.figure import draw_reconstruction, draw_weights
 from ..engine.ema.order import SORTS
+from ..engine.ema.reconstruction import plan_reconstruction, reconstructed
 from ..engine.ema.schedule import Power
-from ..engine.ema.shadows import plan_reconstruction, reconstructed
 from . import sockets
 from .ema_fields import METHODS, parse_schedule, sigma_rel_input
 from .ema_live import chart_json

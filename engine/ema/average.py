@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints import AdapterStateDict, Checkpoints
-from ..files import read_tensors, sshs_hashes, write_safetensors
+from ..files import read_tensors, write_safetensors
 from ..folders import Search
+from ..hashes import sshs_hashes
 from .merge import Progress, merged_tensors, prepare_merge, write_merged
 from .one_run import check_one_run
 from .order import TrainedOrder, selected, trained_order

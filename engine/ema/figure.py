@@ -11,8 +11,8 @@ import numpy as np
 from ..canvas import Pixels, new_figure, pixels_of
 from .average import AveragePlan
 from .profile import Floats, centre_of_mass, gamma_from_sigma_rel, power_profile
+from .reconstruction import Reconstruction
 from .schedule import requested_sigma_rel
-from .shadows import Reconstruction
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..files import DTYPES, SafetensorsHeader, TensorEntry, read_header, saved_layout
+from ..reading import AGAIN, DamagedFileError
 
 _ADAPTER_KEY = re.compile(
     r"\.(lora_(down|up|mid|A|B)\b|lora\.(down|up)\b|hada_w|lokr_w|oft_|boft_|dora_scale$|diff(_b)?$)"
@@ -49,10 +50,10 @@ class Source:
             raise self.not_finite(key, float(bad[0]))
         return values
 
-    def not_finite(self, key: str, value: float) -> ValueError:
+    def not_finite(self, key: str, value: float) -> DamagedFileError:
         """The refusal of a tensor that holds `value`."""
-        return ValueError(
-            f"{self.path}: {key} holds {value}; the run diverged there, leave this file out"
+        return DamagedFileError(
+            self.path, f"{key} holds {value}; the run diverged there, leave this file out"
         )
 
     def read_some(self, key: str, count: int) -> Tensor:
@@ -63,8 +64,11 @@ class Source:
     def _read(self, file: BinaryIO, key: str, count: int | None = None) -> Tensor:
         entry = self.header.tensors[key]
         dtype, size = DTYPES[entry.dtype], entry.end - entry.start
+        wanted = size if count is None else min(size, count * dtype.itemsize)
         file.seek(entry.start)
-        raw = bytearray(file.read(size if count is None else min(size, count * dtype.itemsize)))
+        raw = bytearray(file.read(wanted))
+        if len(raw) != wanted:
+            raise DamagedFileError(self.path, "became shorter while it was read; start again")
         return torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
 
 
@@ -175,17 +179,12 @@ def _check_is_adapter(source: Source) -> None:
         raise ValueError(
             f"{source.path}: not a LoRA file (it holds {example}); choose adapter files only"
         )
+    if not any(is_averaged(key, [source]) for key in tensors):
+        raise DamagedFileError(source.path, "no tensor in it can be averaged; leave this file out")
     for key, entry in tensors.items():
-        if entry.dtype not in DTYPES:
-            raise ValueError(
-                f"{source.path}: {key} has dtype {entry.dtype}, which cannot be averaged; "
-                f"known dtypes: {', '.join(DTYPES)}"
-            )
-        size = math.prod(entry.shape) * DTYPES[entry.dtype].itemsize
-        if entry.end - entry.start != size:
-            raise ValueError(
-                f"{source.path}: {key} takes {entry.end - entry.start} bytes where {entry.dtype} "
-                f"of shape {entry.shape} takes {size}; the file is damaged, save it again"
+        if key.endswith(ALPHA) and math.prod(entry.shape) != 1:
+            raise DamagedFileError(
+                source.path, f"{key} has shape {entry.shape}, not that of one number; {AGAIN}"
             )
 
 
@@ -214,9 +213,8 @@ def _check_same_alphas(sources: Sequence[Source]) -> None:
     keys = [key for key in sources[0].header.tensors if key.endswith(ALPHA)]
     if not keys:
         return
-    ours = _alphas(sources[0], keys)
-    for other in sources[1:]:
-        theirs = _alphas(other, keys)
+    ours, *others = (_alphas(source, keys) for source in sources)
+    for other, theirs in zip(sources[1:], others, strict=True):
         # all at once: a call for each of hundreds of numbers takes longer than their merge
         if _close(torch.cat(list(ours.values())), torch.cat(list(theirs.values()))):
             continue
@@ -229,7 +227,11 @@ def _check_same_alphas(sources: Sequence[Source]) -> None:
 
 
 def _alphas(source: Source, keys: Sequence[str]) -> dict[str, Tensor]:
-    return {key: value.double().flatten() for key, value in source.read_each(keys).items()}
+    alphas = {key: value.double().flatten() for key, value in source.read_each(keys).items()}
+    if not torch.cat(list(alphas.values())).isfinite().all():
+        key = next(key for key in keys if not alphas[key].isfinite())
+        raise source.not_finite(key, float(alphas[key]))
+    return alphas
 
 
 def _close(ours: Tensor, theirs: Tensor) -> bool:

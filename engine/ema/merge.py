@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..files import DTYPES, SshsHasher, header_bytes
+from ..files import DTYPES, header_bytes
+from ..hashes import SshsHasher
 from ..writing import replaced_when_whole
 from .layout import Source, Span, copied_inside, key_at, output_layout, read_sources, spans
 

@@ -5,6 +5,7 @@ thin QR decompositions of the stacked factors and the SVD of the small core betw
 matrix (out x in) is never formed.
 """
 
+import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..files import DTYPES
+from ..files import DTYPES, TensorEntry
+from ..reading import AGAIN, DamagedFileError
 from .layout import Source, is_averaged
 from .merge import Merge, Progress
 from .schedule import weights_from_betas
@@ -61,11 +63,16 @@ def average_products(merge: Merge) -> Generator[Progress, None, Refactored]:
     }
     removed = total = 0.0
     for done, (down, up) in enumerate(modules, start=1):
-        product = refactor(
-            [source.read_finite(up).flatten(1) for source in merge.sources],
-            [source.read_finite(down).flatten(1) for source in merge.sources],
-            weights,
-        )
+        try:
+            product = refactor(
+                [source.read_finite(up).flatten(1) for source in merge.sources],
+                [source.read_finite(down).flatten(1) for source in merge.sources],
+                weights,
+            )
+        except torch.linalg.LinAlgError as error:  # numbers near the end of the range of float32
+            raise ValueError(
+                f"the products of {down} and {up} cannot be averaged ({error}); use space 'factors'"
+            ) from error
         tensors[up] = _as_saved(product.up, up, merge.reference)
         tensors[down] = _as_saved(product.down, down, merge.reference)
         removed, total = removed + product.removed, total + product.total
@@ -131,7 +138,13 @@ def _factor_pairs(source: Source) -> list[tuple[str, str]]:
     ]
     for down, up in pairs:
         if up not in tensors:
-            raise ValueError(f"{source.path}: {down} has no {up} beside it; the file is not whole")
+            raise DamagedFileError(source.path, f"{down} has no {up} beside it; {AGAIN}")
+        if not _are_factors(tensors[down], tensors[up]):
+            raise DamagedFileError(
+                source.path,
+                f"{down} of shape {tensors[down].shape} and {up} of shape {tensors[up].shape} have "
+                f"no rank in common; {AGAIN}",
+            )
         if tensors[up].shape[2:].count(1) != len(tensors[up].shape[2:]):
             raise ValueError(
                 f"{source.path}: {up} of shape {tensors[up].shape} is a convolution with a kernel, "
@@ -143,6 +156,11 @@ def _factor_pairs(source: Source) -> list[tuple[str, str]]:
             "use space 'factors'"
         )
     return pairs
+
+
+def _are_factors(down: TensorEntry, up: TensorEntry) -> bool:
+    matrices = all(len(x.shape) >= 2 and math.prod(x.shape) > 0 for x in (down, up))
+    return matrices and up.shape[1] == down.shape[0]
 
 
 def _average(key: str, merge: Merge, weights: Sequence[float]) -> Tensor:

@@ -10,22 +10,25 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
+MIN_SIGMA_REL = 1e-4
+"""A ten-thousandth of the run: narrower, and powers of the exponent leave the range of numbers."""
 MAX_SIGMA_REL = 12**-0.5
 """The spread of the plain mean over the whole run (gamma 0), 0.28868."""
 
 
 def check_sigma_rel(sigma_rel: float) -> float:
     """`sigma_rel` itself; ValueError when no increasing power profile has that spread."""
-    if 0 < sigma_rel <= round(MAX_SIGMA_REL, 5):
+    if MIN_SIGMA_REL <= sigma_rel <= round(MAX_SIGMA_REL, 5):
         return sigma_rel
-    if sigma_rel > 0:
+    if sigma_rel > MAX_SIGMA_REL:
         raise ValueError(
             f"sigma_rel {sigma_rel:g} has no average: at {MAX_SIGMA_REL:.5f} (1/sqrt(12)) every "
             "moment of the run already counts alike, and a wider spread would have to favour its "
             "beginning; choose 0 < sigma_rel <= 0.28868 (0.05 follows the end, 0.25 is broad)"
         )
     raise ValueError(
-        f"sigma_rel {sigma_rel:g}: must be above 0 and at most 0.28868; 0.2 is a good start"
+        f"sigma_rel {sigma_rel:g}: must be above 0, at least {MIN_SIGMA_REL:g}, and at most "
+        "0.28868; 0.2 is a good start"
     )
 
 

@@ -1,4 +1,4 @@
-"""EMA shadows: a few averages kept while a run trains, from which any other is rebuilt afterwards.
+"""EMA shadows: a few averages kept while a run trains; `reconstruction` rebuilds any other of them.
 
     shadows = Shadows(adapter_tensors)          before the first step
     shadows.update(step)                        after every optimizer step; cheap
@@ -10,27 +10,15 @@ JSON of `ShadowsInfo`. Equation numbers: arXiv 2312.02696.
 """
 
 import json
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ..checkpoints import AdapterStateDict, Checkpoints
-from ..files import DTYPES, read_header, sshs_hashes, write_safetensors
-from .layout import Source
-from .merge import Progress
-from .profile import (
-    Floats,
-    centre_of_mass,
-    gamma_from_sigma_rel,
-    inner_product,
-    power_beta,
-    power_profile,
-)
+from ..files import write_safetensors
+from .profile import gamma_from_sigma_rel, power_beta
 
 SIGMA_RELS = (0.05, 0.08, 0.13, 0.2, 0.25)
 """Five widths from which every profile of 0.05 to 0.25 is rebuilt within 0.8 %.
@@ -41,6 +29,7 @@ UPDATE_EVERY_STEPS = 10
 METADATA_KEY = "braid.shadows"
 FORMAT = 1
 CONSTANT = "constant"
+LARGEST_STEP = 2**53
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,15 +106,23 @@ class Shadows:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Continue from `state_dict()`; ValueError when it is of another adapter or widths."""
         ours = self.state_dict()
+        if not isinstance(state, Mapping):
+            raise ValueError("EMA shadows: the saved state holds none; resume without ema_shadows")
         for key in sorted(ours.keys() ^ state.keys()):
             raise ValueError(
                 f"EMA shadows: {key} is {'missing in' if key in ours else 'only in'} the saved "
                 "state; resume with the network and the shadows the run was started with"
             )
         for key, tensor in ours.items():
-            if key != "step":
-                tensor.copy_(state[key])
-        self.step = int(state["step"])
+            saved = state[key]
+            if not isinstance(saved, Tensor) or saved.shape != tensor.shape:
+                raise ValueError(f"EMA shadows: {key} of the saved state is not like this run's")
+        step = state["step"]
+        if step.dtype != torch.int64 or not 0 <= step <= LARGEST_STEP:
+            raise ValueError(f"EMA shadows: the saved state is of step {step.item()}")
+        for key, tensor in ours.items():
+            tensor.copy_(state[key])
+        self.step = int(step)
 
     def write(
         self, path: Path, constants: Mapping[str, Tensor], metadata: Mapping[str, str]
@@ -143,129 +140,3 @@ class Shadows:
         tensors = {key: value for key, value in self.state_dict().items() if key != "step"}
         tensors |= {f"{CONSTANT}/{key}": value for key, value in constants.items()}
         write_safetensors(path, tensors, {**metadata, METADATA_KEY: json.dumps(asdict(info))})
-
-
-def read_shadows_info(path: Path) -> ShadowsInfo:
-    """What a shadow file holds; ValueError when it is not one."""
-    text = read_header(path).metadata.get(METADATA_KEY)
-    if text is None:
-        raise ValueError(
-            f"{path}: not a file of EMA shadows; train with ema_shadows on, which writes one"
-        )
-    saved = json.loads(text)
-    if saved.get("format") != FORMAT:
-        raise ValueError(
-            f"{path}: EMA shadows of format {saved.get('format')}, this version reads {FORMAT}"
-        )
-    return ShadowsInfo(
-        step=saved["step"],
-        sigma_rels=tuple(saved["sigma_rels"]),
-        update_every_steps=saved["update_every_steps"],
-    )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Reconstruction:
-    """How a profile is put together from shadows that end at the same step."""
-
-    sigma_rel: float
-    """Requested spread."""
-    stored: tuple[float, ...]
-    """Spread of each shadow."""
-    coefficients: tuple[float, ...]
-    """What each shadow counts; they sum to 1 and may be negative."""
-    profile_error: float
-    """Distance between the two profiles relative to the requested one (L2 over training time)."""
-    end: int
-    """Optimizer step at which the profiles end."""
-
-    def profile(self, time: Floats) -> Floats:
-        """The profile that comes out."""
-        return sum(
-            (x * power_profile(time, self.end, gamma_from_sigma_rel(stored)))
-            for x, stored in zip(self.coefficients, self.stored, strict=True)
-        ) + np.zeros_like(time)
-
-    def report(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {
-            "requested_sigma_rel": self.sigma_rel,
-            "requested_centre_of_mass": centre_of_mass(gamma_from_sigma_rel(self.sigma_rel)),
-            "stored_sigma_rels": list(self.stored),
-            "coefficients": list(self.coefficients),
-            "profile_error": self.profile_error,
-            "step": self.end,
-        }
-
-
-def solve_reconstruction(stored: Sequence[float], sigma_rel: float, end: int) -> Reconstruction:
-    """Least-squares fit of a profile by stored ones (Algorithm 3) under sum(x) = 1.
-
-    The constraint keeps the mass of the average: without it whatever is missing pulls the
-    parameters to zero, which costs more than the fit gains.
-    """
-    gammas = np.array([gamma_from_sigma_rel(value) for value in stored])
-    gamma = np.float64(gamma_from_sigma_rel(sigma_rel))
-    gram = inner_product(gammas[:, None], 1.0, gammas[None, :], 1.0)
-    target = inner_product(gammas, 1.0, gamma, 1.0)
-    count = len(stored)
-    system = np.block([[gram, np.ones((count, 1))], [np.ones((1, count)), np.zeros((1, 1))]])
-    x = np.linalg.solve(system, np.append(target, 1.0))[:count]
-    norm = inner_product(gamma, 1.0, gamma, 1.0)
-    squared = norm - 2 * x @ target + x @ gram @ x
-    return Reconstruction(
-        sigma_rel=sigma_rel,
-        stored=tuple(stored),
-        coefficients=tuple(x.tolist()),
-        profile_error=float(np.sqrt(max(squared, 0.0) / norm)),
-        end=end,
-    )
-
-
-def plan_reconstruction(checkpoints: Checkpoints, sigma_rel: float) -> Reconstruction:
-    """How to rebuild `sigma_rel` from the shadows of a run; ValueError when it kept none."""
-    if checkpoints.shadows is None:
-        raise ValueError(
-            "these checkpoints have no EMA shadows beside them (<run>-shadows.safetensors): train "
-            "with ema_shadows on, or average the checkpoints with Post-Hoc EMA"
-        )
-    info = read_shadows_info(checkpoints.shadows)
-    return solve_reconstruction(info.sigma_rels, sigma_rel, info.step)
-
-
-def reconstructed(
-    checkpoints: Checkpoints, reconstruction: Reconstruction, output: Path | None = None
-) -> Generator[Progress, None, AdapterStateDict]:
-    """The adapter with this profile in the dtypes of the run's files; saved if `output` is given.
-
-    Without files, or when theirs is another adapter, it is float32.
-    """
-    path = checkpoints.shadows
-    assert path is not None, "plan_reconstruction refuses a run without shadows"
-    source = Source(path=path, header=read_header(path))
-    constants = [key for key in source.header.tensors if key.startswith(f"{CONSTANT}/")]
-    prefix = f"{reconstruction.stored[0]}/"
-    keys = [key.removeprefix(prefix) for key in source.header.tensors if key.startswith(prefix)]
-    dtypes = _saved_dtypes(checkpoints)
-    tensors = {key.removeprefix(f"{CONSTANT}/"): source.read(key) for key in constants}
-    for done, key in enumerate(keys, start=1):
-        tensors[key] = _combined(source, key, reconstruction).to(dtypes.get(key, torch.float32))
-        yield Progress(done, len(keys))
-    metadata = {k: v for k, v in source.header.metadata.items() if k != METADATA_KEY}
-    metadata["modelspec.merged_from"] = path.stem
-    if output:
-        write_safetensors(output, tensors, metadata | sshs_hashes(tensors, metadata))
-    return AdapterStateDict(tensors, metadata)
-
-
-def _combined(source: Source, key: str, reconstruction: Reconstruction) -> Tensor:
-    parts = zip(reconstruction.coefficients, reconstruction.stored, strict=True)
-    return torch.stack([x * source.read_finite(f"{stored}/{key}") for x, stored in parts]).sum(0)
-
-
-def _saved_dtypes(checkpoints: Checkpoints) -> dict[str, torch.dtype]:
-    """Dtype of each tensor in the newest adapter file of the run."""
-    if not checkpoints.files:
-        return {}
-    tensors = read_header(checkpoints.files[-1].path).tensors
-    return {key: DTYPES[entry.dtype] for key, entry in tensors.items() if entry.dtype in DTYPES}

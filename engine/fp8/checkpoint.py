@@ -10,10 +10,12 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..reading import AGAIN, parse_json, shown
 from .source import TensorSource
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -24,6 +26,10 @@ FULL_PRECISION = "full_precision_matrix_mult"
 """Of a layer: dequantise it before it is multiplied, whatever the card can do."""
 Marker = Mapping[str, object]
 """What a file says of one layer: `format`, and settings of it."""
+MARKER = ".comfy_quant"
+"""How the name of a layer's marker tensor ends."""
+LONGEST_MARKER, LONGEST_FORMAT, DEEPEST = 1 << 16, 100, 16
+"""Bytes of a marker, letters of the format it names, brackets in each other in its JSON."""
 PLAIN_NOTE = "a plain FP8 cast without scales: loaded as it is, it cannot be made better"
 
 
@@ -100,20 +106,46 @@ def _readable(marker: Marker) -> bool:
 
 def _markers(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Marker]:
     """layer -> what the header or its marker tensor says of it."""
-    markers: dict[str, Marker] = {}
-    if QUANTIZATION_METADATA in metadata:
-        markers.update(json.loads(metadata[QUANTIZATION_METADATA])["layers"])
+    markers = dict(_header_of(metadata)["layers"]) if QUANTIZATION_METADATA in metadata else {}
     for key, tensor in tensors.items():
-        if key.endswith(".comfy_quant"):
-            markers[key.removesuffix(".comfy_quant")] = json.loads(bytes(tensor.tolist()))
+        if key.endswith(MARKER):
+            markers[key.removesuffix(MARKER)] = marker_of(key, tensor)
     return markers
+
+
+def marker_of(key: str, tensor: Tensor) -> Marker:
+    """What a marker tensor says; ValueError when it is no JSON object that names a format."""
+    if tensor.dtype != torch.uint8 or tensor.numel() > LONGEST_MARKER:
+        raise ValueError(f"{key} is no short text (uint8), which a marker is; {AGAIN}")
+    try:
+        marker = parse_json(bytes(tensor.flatten().tolist()), DEEPEST)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}; {AGAIN}") from error
+    return _checked_marker(key, marker)
+
+
+def _checked_marker(key: str, marker: Any) -> Marker:
+    match marker:
+        case {"format": str(name)} if name.isprintable() and len(name) <= LONGEST_FORMAT:
+            return marker
+    raise ValueError(f"{key} is marked {shown(marker)}, which names no format; {AGAIN}")
+
+
+def _header_of(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The JSON of the header, its layers checked."""
+    header = parse_json(metadata[QUANTIZATION_METADATA], DEEPEST)
+    if not isinstance(header, dict) or not isinstance(header.get("layers"), dict):
+        raise ValueError(f"{QUANTIZATION_METADATA} names no layers; {AGAIN}")
+    for layer, marker in header["layers"].items():
+        _checked_marker(shown(layer), marker)
+    return header
 
 
 def _foreign(tensors: Mapping[str, Tensor], formats: set[str]) -> Fp8Checkpoint:
     if unknown := sorted(f for f in formats if f.startswith(BRAID)):
-        raise ValueError(f"written by a newer Braid ({', '.join(unknown)}): update Braid")
+        raise ValueError(f"written by a newer Braid ({', '.join(unknown[:5])}): update Braid")
     return Fp8Checkpoint(
-        origin=f"already quantised ({', '.join(sorted(formats))}): left to ComfyUI as it is",
+        origin=f"already quantised ({', '.join(sorted(formats)[:5])}): left to ComfyUI as it is",
         tensors=dict(tensors),
         scaled=(),
     )
@@ -137,13 +169,18 @@ def without_prefix(source: TensorSource, prefix: str) -> TensorSource:
         return source
     metadata = dict(source.metadata)
     if QUANTIZATION_METADATA in metadata:
-        header = json.loads(metadata[QUANTIZATION_METADATA])
+        header = _header_of(metadata)
         layers = {name.removeprefix(prefix): marker for name, marker in header["layers"].items()}
         metadata[QUANTIZATION_METADATA] = json.dumps({**header, "layers": layers})
     return dataclasses.replace(source, tensors=tensors, metadata=metadata)
 
 
 def _check_shape(layer: str, codes: Tensor, scale: Tensor) -> None:
+    if not codes.numel() or not scale.is_floating_point():
+        raise ValueError(
+            f"{layer}: {codes.numel()} codes with a scale of {scale.dtype} are no FP8 weight; "
+            f"{AGAIN}"
+        )
     if codes.ndim != 2:
         raise ValueError(
             f"{layer}: scaled FP8 on a weight of shape {list(codes.shape)}; ComfyUI holds Linear "
@@ -182,10 +219,14 @@ def _one_form(
         key: tensor
         for key, tensor in tensors.items()
         if key != LEGACY_MARKER
-        and not key.endswith((".scale_weight", ".weight_scale", ".comfy_quant", ".scale_input"))
+        and not key.endswith((".scale_weight", ".weight_scale", MARKER, ".scale_input"))
     }
     for key, tensor in tensors.items():
-        if key.endswith(".scale_input") and tensor.item() != 1.0:
+        if not key.endswith(".scale_input"):
+            continue
+        if tensor.numel() != 1:
+            raise ValueError(f"{key} has shape {list(tensor.shape)}, not that of one number")
+        if tensor.item() != 1.0:
             form[key.removesuffix("scale_input") + "input_scale"] = tensor
     for layer, scale in scales.items():
         out = codes[layer].shape[0]

@@ -12,6 +12,8 @@ from ..files import DTYPES, TensorEntry, read_header
 
 SHARD = re.compile(r"^(?P<stem>.*-)(?P<index>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.safetensors)$")
 
+MISSING_SHOWN = 3
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorSource:
@@ -35,7 +37,8 @@ def shards_of(path: Path) -> tuple[Path, ...]:
         for index in range(1, count + 1)
     ]
     if missing := [file.name for file in files if not file.is_file()]:
-        raise ValueError(f"{path.name} is one of {count} shards; missing: {', '.join(missing)}")
+        some = ", ".join(missing[:MISSING_SHOWN]) + (" …" if len(missing) > MISSING_SHOWN else "")
+        raise ValueError(f"{path.name} is one of {count} shards; missing: {some}")
     return tuple(files)
 
 
@@ -55,13 +58,11 @@ def map_tensors(path: Path) -> TensorSource:
         with file.open("rb") as handle:
             mapped = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
         for name, entry in header.tensors.items():
-            tensors[name] = _view(mapped, name, entry)
+            tensors[name] = _view(mapped, entry)
     return TensorSource(tensors=tensors, metadata=metadata, files=files)
 
 
-def _view(mapped: mmap.mmap, name: str, entry: TensorEntry) -> Tensor:
-    if entry.dtype not in DTYPES:
-        raise ValueError(f"{name}: values of type {entry.dtype} cannot be read")
+def _view(mapped: mmap.mmap, entry: TensorEntry) -> Tensor:
     dtype, length = DTYPES[entry.dtype], entry.end - entry.start
     if length == 0:
         return torch.empty(entry.shape, dtype=dtype)

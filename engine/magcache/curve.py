@@ -10,6 +10,9 @@ import math
 import operator
 from collections.abc import Sequence
 
+LARGEST_LOG = 700.0
+"""Of a ratio: its exponential is still a number. Outside the measured range a slope goes on."""
+
 
 def falls(sigmas: Sequence[float]) -> bool:
     """True when every noise level lies below the one before; False when one is not a number."""
@@ -58,7 +61,8 @@ def cumulative_ratios(
     """
     logs = log_magnitudes(ratios)
     at = [interpolated(knots, logs, sigma) for sigma in sigmas]
-    return [1.0] + [math.exp(now - before) for before, now in zip(at, at[1:], strict=False)]
+    steps = zip(at, at[1:], strict=False)
+    return [1.0] + [math.exp(min(now - before, LARGEST_LOG)) for before, now in steps]
 
 
 def resampled_sigmas(sigmas: Sequence[float], steps: int) -> tuple[float, ...]:

@@ -2,14 +2,22 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
+from ..reading import MAX_JSON_BYTES, damage_named, open_regular, parse_json
 from .curve import falls
+from .document import object_from
 
 FORMAT = "braid.magcache/1"
+DEEPEST = 8
+"""Brackets in each other in a calibration's file; there are four."""
+LARGEST_SIGMA, LEAST_FALL = 1e6, 1e-9
+"""Of a calibration's noise levels: beyond, the interpolation between them leaves the numbers."""
+LARGEST_RATIO, LARGEST_PRODUCT = 1e6, 1e30
 POSITIVE, NEGATIVE = "positive", "negative"
 MOST_RATIOS = 10_000
 """Values of one list: a run of more steps has never been measured."""
@@ -78,9 +86,10 @@ class Curve:
                     f"got {len(values)}"
                 )
         for index, ratio in enumerate(self.ratios):
-            if not (math.isfinite(ratio) and ratio > 0):
+            if not 1 / LARGEST_RATIO <= ratio <= LARGEST_RATIO:
                 raise ValueError(
-                    f"ratios of {self.label}: value {index} is {ratio}, allowed are numbers above 0"
+                    f"ratios of {self.label}: value {index} is {ratio}, allowed are numbers "
+                    f"above 0, from {1 / LARGEST_RATIO:g} to {LARGEST_RATIO:g}"
                 )
 
 
@@ -109,13 +118,22 @@ class MagCachePlan:
                     f"ratios of {curve.label}: {steps} steps need {steps} values, "
                     f"got {len(curve.ratios)}"
                 )
-        if not falls(self.conditions.sigmas):
+        sigmas = self.conditions.sigmas
+        if not falls(sigmas) or not all(map(math.isfinite, sigmas)):
             raise ValueError("sigmas: the noise levels of a calibration must fall")
+        least = min((a - b for a, b in zip(sigmas, sigmas[1:], strict=False)), default=1.0)
+        if sigmas and (sigmas[0] > LARGEST_SIGMA or least < LEAST_FALL * sigmas[0]):
+            raise ValueError(
+                f"sigmas: the noise levels of a calibration fall from at most {LARGEST_SIGMA:g}, "
+                f"each by a part of {LEAST_FALL:g} or more"
+            )
         rows = [len(row) for row in self.inner_products]
         if rows and rows != list(range(1, steps + 1)):
             raise ValueError(f"inner_products: expected a lower triangle of {steps} rows")
-        if not all(map(math.isfinite, chain.from_iterable(self.inner_products))):
-            raise ValueError("inner_products: a value is not a finite number")
+        if not all(abs(x) <= LARGEST_PRODUCT for x in chain.from_iterable(self.inner_products)):
+            raise ValueError(
+                f"inner_products: a value is not a finite number below {LARGEST_PRODUCT:g}"
+            )
 
     @property
     def calibrated(self) -> bool:
@@ -130,44 +148,24 @@ class MagCachePlan:
     def from_json(text: str) -> "MagCachePlan":
         """Read `to_json`'s text; ValueError in one sentence when it is something else."""
         try:
-            raw = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"not a MagCache calibration: not JSON ({error})") from error
+            raw = parse_json(text, DEEPEST)
+        except ValueError as error:
+            raise ValueError(f"not a MagCache calibration: {error}") from error
         if not isinstance(raw, dict) or raw.get("format") != FORMAT:
             raise ValueError(
                 f"not a MagCache calibration: its format should be {FORMAT!r}; "
                 "save one with MagCache Calibration"
             )
         try:
-            return _plan_from(raw)
-        except (TypeError, KeyError, AttributeError) as error:
+            return object_from(MagCachePlan, raw)
+        except ValueError as error:
             raise ValueError(f"damaged MagCache calibration: {error}") from error
 
 
-def _plan_from(raw: Mapping[str, Any]) -> MagCachePlan:
-    return MagCachePlan(
-        name=str(raw["name"]),
-        conditions=Conditions(**_tuples(raw["conditions"], Conditions)),
-        curves=tuple(Curve(**_tuples(curve, Curve)) for curve in raw["curves"]),
-        inner_products=tuple(_numbers(row) for row in raw.get("inner_products", ())),
-        source=str(raw.get("source", "")),
-    )
-
-
-def _tuples(raw: Mapping[str, Any], of: type) -> dict[str, Any]:
-    """The known fields of `of`, lists as tuples of numbers; a newer version's are left out."""
-    known = {field.name for field in fields(of)}
-    return {
-        key: _numbers(value) if isinstance(value, list) else value
-        for key, value in raw.items()
-        if key in known
-    }
-
-
-def _numbers(row: Sequence[Any]) -> tuple[float, ...]:
-    if wrong := [value for value in row if not isinstance(value, int | float)]:
-        raise TypeError(f"{wrong[0]!r} is not a number")
-    return tuple(row)
+def read_plan(path: Path) -> MagCachePlan:
+    """The calibration in a file; DamagedFileError when it holds something else."""
+    with open_regular(path) as file, damage_named(path):
+        return MagCachePlan.from_json(file.read(MAX_JSON_BYTES + 1))
 
 
 def plan_from_ratios(text: str) -> MagCachePlan:

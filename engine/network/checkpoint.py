@@ -1,6 +1,5 @@
 """Adapter files: a network's weights out and in, with metadata, checked after writing."""
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,14 +8,14 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ..files import read_header, sshs_hashes, write_safetensors
+from ..files import mapped_tensors, write_safetensors
+from ..hashes import sshs_hashes
+from ..reading import damage_named
 from ..writing import NotWrittenError
-from .adapters import ADAPTERS
 from .architectures import Architecture
 from .attach import Network
 from .keys import AdapterWeights, KeyFormat, decoded, encoded
 from .layers import LayerShape
-from .spec import NetworkSpec
 
 SAVE_PRECISIONS: dict[str, torch.dtype | None] = {
     "keep": None,
@@ -57,40 +56,14 @@ def read_adapter(
     layers: Mapping[str, LayerShape],
     architecture: Architecture,
 ) -> dict[str, AdapterWeights]:
-    """Dotted layer name → weights of a file or state dict in any key format (`keys.decoded`)."""
-    if isinstance(source, Path):
-        read_header(source)  # says in one sentence what is wrong with a broken file
-        source = safetensors.torch.load_file(source)
-    return decoded(source, layers, architecture)
+    """Dotted layer name → weights of a file or state dict in any key format (`keys.decoded`).
 
-
-def network_from(
-    weights: Mapping[str, AdapterWeights], layers: Mapping[str, LayerShape], spec: NetworkSpec
-) -> Network:
-    """A network that holds copies of `weights` in float32; `spec` gives dropouts and LoRA+.
-
-    The rank and alpha of each layer are those of the weights.
+    DamagedFileError when the file is no adapter of such a model.
     """
-    if not weights:
-        raise ValueError("the file adapts no layer")
-    adapters = {}
-    for name, layer in weights.items():
-        adapters[name] = ADAPTERS[layer.kind](
-            layers[name],
-            {
-                key: _fitted(name, key, tensor, layers[name])
-                for key, tensor in layer.tensors.items()
-            },
-            alpha=layer.alpha,
-            rank=layer.rank,
-            neuron_dropout=spec.neuron_dropout,
-            rank_dropout=spec.rank_dropout,
-            module_dropout=spec.module_dropout,
-        )
-    first = next(iter(weights.values()))
-    return Network(
-        adapters, dataclasses.replace(spec, kind=first.kind, rank=first.rank, alpha=first.alpha)
-    )
+    if not isinstance(source, Path):
+        return decoded(source, layers, architecture)
+    with damage_named(source):
+        return decoded(mapped_tensors(source), layers, architecture)
 
 
 def load_weights(network: Network, weights: Mapping[str, AdapterWeights]) -> None:
@@ -154,21 +127,6 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
-
-
-def _fitted(name: str, key: str, tensor: Tensor, shape: LayerShape) -> Tensor:
-    """A float32 copy of one parameter, with the kernel that some files leave out."""
-    rows_and_columns = {
-        "down": (-1, shape.in_features, *shape.kernel),
-        "up": (shape.out_features, -1, *(1,) * len(shape.kernel)),
-    }
-    wanted = rows_and_columns.get(key, (tensor.shape[0], -1))
-    try:
-        return tensor.detach().to(torch.float32, copy=True).reshape(wanted)
-    except RuntimeError as error:
-        raise ValueError(
-            f"{key} of {name} is {tuple(tensor.shape)}, which does not fit {shape}"
-        ) from error
 
 
 def _shapes(shapes: Mapping[str, tuple[int, ...]]) -> str:

@@ -22,7 +22,7 @@ from .adapters import ADAPTERS
 from .architectures import Architecture, Rename
 from .layers import LayerShape
 from .spec import Kind
-from .weights import AdapterWeights, rank_of, row_blocks, stacked
+from .weights import AdapterWeights, checked_weights, delta_shape, row_blocks, stacked
 
 KeyFormat = Literal["comfyui", "kohya", "diffusers"]
 ALPHA = ".alpha"
@@ -56,11 +56,6 @@ _SUFFIXES: dict[str, tuple[Kind, str]] = {
     ".lokr_w1_b": ("lokr", "w1_b"),
 }
 _KNOWN_SUFFIXES = (*_SUFFIXES, ALPHA)
-_COMPLETE = {
-    "lora": [{"down", "up"}],
-    "loha": [{"w1_a", "w1_b", "w2_a", "w2_b"}],
-    "lokr": [{"w1", "w2"}, {"w1", "w2_a", "w2_b"}],
-}
 
 
 def kohya_name(layer_name: str) -> str:
@@ -238,9 +233,19 @@ def _diffusers_tensors(
             "choose comfyui or kohya"
         )
     others = next((o for r in architecture.diffusers if (o := _other_names(r, name))), (name,))
+    if layer.alpha < 0:
+        raise ValueError(
+            f"key_format diffusers: alpha is folded into both factors, and that of {name} is "
+            f"{layer.alpha:g}; choose comfyui or kohya"
+        )
     fold = math.sqrt(layer.alpha / layer.rank)
     down, up = layer.tensors["down"] * fold, layer.tensors["up"] * fold
     sizes = row_blocks(len(others), up.shape[0], down.shape[1])
+    if min(sizes) < 0 or sum(sizes) != up.shape[0]:
+        raise ValueError(
+            f"key_format diffusers: the {up.shape[0]} rows of {name} are not those of its "
+            f"{len(others)} parts there; choose comfyui or kohya"
+        )
     for other, rows in zip(others, up.split(sizes), strict=True):
         # Copies: safetensors writes no two tensors that share memory.
         yield f"{architecture.diffusers_prefix}{other}.lora_A.weight", down.clone()
@@ -266,6 +271,11 @@ def _joined(
                 f"part {part + 1} of {name} has {block.rows} rows in the file and {sizes[part]} in "
                 "the model; use the model that it was trained on"
             )
+        if delta_shape(block.kind, block.tensors)[1] != shape.fan_in:
+            raise ValueError(f"part {part + 1} of {name} does not fit {shape} of the model")
+    tails = {(key, t.shape[2:]) for block in blocks.values() for key, t in block.tensors.items()}
+    if len(tails) > len({key for key, _ in tails}):
+        raise ValueError(f"the file holds parts of {name} of different shapes, which do not join")
     return stacked(blocks, sizes)
 
 
@@ -277,10 +287,4 @@ def _weights(name: str, tensors: Mapping[str, Tensor]) -> AdapterWeights:
         raise ValueError(f"the file holds {', '.join(sorted(kinds)) or 'only an alpha'} for {name}")
     (kind,) = kinds
     parameters = {parameter: tensor for (_, parameter), tensor in own.items()}
-    if kind == "lokr" and {"w1_a", "w1_b"} <= set(parameters):  # small enough to hold in full
-        parameters["w1"] = parameters.pop("w1_a").float() @ parameters.pop("w1_b").float()
-    if set(parameters) not in _COMPLETE[kind]:
-        raise ValueError(f"the file holds only {', '.join(parameters)} of the {kind} of {name}")
-    rank = rank_of(kind, parameters)
-    alpha = float(tensors[ALPHA]) if ALPHA in tensors else float(rank)
-    return AdapterWeights(kind=kind, tensors=parameters, alpha=alpha)
+    return checked_weights(name, kind, parameters, tensors.get(ALPHA))

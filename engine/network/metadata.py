@@ -8,8 +8,12 @@ import json
 from collections.abc import Mapping
 from datetime import datetime
 
+from ..reading import is_unicode, parse_json, shown
 from .architectures import Architecture
 from .spec import NetworkSpec, network_args_of
+
+DEEPEST = 50
+"""Brackets in each other in metadata that is typed."""
 
 
 def adapter_metadata(
@@ -61,18 +65,18 @@ def parse_metadata(text: str) -> dict[str, str]:
         return {}
     example = '{"modelspec.author": "me"}'
     try:
-        fields = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"metadata: not JSON ({error.msg} in line {error.lineno}, column {error.colno}); "
-            f"write an object such as {example}"
-        ) from error
+        fields = parse_json(text, DEEPEST)
+    except ValueError as error:
+        raise ValueError(f"metadata: {error}; write an object such as {example}") from error
     if not isinstance(fields, dict):
         raise ValueError(f"metadata: {text.strip()[:40]!r} is not a JSON object such as {example}")
-    reserved = [key for key in fields if key.startswith("sshs_")]
-    if reserved:
-        raise ValueError(f"metadata: {reserved[0]} is computed from the tensors; leave it out")
-    return {key: as_text(value) for key, value in fields.items()}
+    metadata = {key: as_text(value) for key, value in fields.items()}
+    for key, value in metadata.items():
+        if key.startswith("sshs_"):
+            raise ValueError(f"metadata: {key[:80]} is computed from the tensors; leave it out")
+        if not is_unicode(key + value):
+            raise ValueError(f"metadata: {shown(key)} holds half of a character; leave it out")
+    return metadata
 
 
 def as_text(value: object) -> str:

@@ -1,6 +1,5 @@
 """NetworkSpec: everything that shapes the trainable adapter, and its text form `network_args`."""
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from ..arguments import (
     parse_int,
     parse_patterns,
     refuse_unknown,
+    shortened,
 )
 
 Kind = Literal["lora", "loha", "lokr"]
@@ -20,7 +20,10 @@ TargetMode = Literal["musubi", "whitelist"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 TARGET_MODES: tuple[TargetMode, ...] = get_args(TargetMode)
 MAX_RANK = 4096
-"""Above it an adapter is larger than the layers of most models."""
+MAX_ALPHA = 1_000_000
+MAX_LR_RATIO = 10_000
+MAX_FACTOR = 1_000_000
+"""Far beyond any use; float32 and the memory of the machine end somewhere."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,23 +84,27 @@ class NetworkSpec:
 
     def __post_init__(self) -> None:
         _refuse_other("network_type", self.kind, KINDS)
-        allowed = f"1 or more, at most {MAX_RANK}"
-        _check("network_dim", self.rank, 1 <= self.rank <= MAX_RANK, allowed)
-        _check("network_alpha", self.alpha, self.alpha >= 0, "0 (= network_dim) or more")
-        if self.conv_rank is not None:
-            _check("conv_dim", self.conv_rank, 1 <= self.conv_rank <= MAX_RANK, allowed)
-        _check("conv_alpha", self.conv_alpha, self.conv_alpha >= 0, "0 (= conv_dim) or more")
+        for name, rank in (("network_dim", self.rank), ("conv_dim", self.conv_rank)):
+            if rank is not None:
+                _check(name, rank, 1 <= rank <= MAX_RANK, f"1 or more, up to {MAX_RANK}")
+        for name, alpha, default in (
+            ("network_alpha", self.alpha, "network_dim"),
+            ("conv_alpha", self.conv_alpha, "conv_dim"),
+        ):
+            allowed = f"0 (= {default}) or more, up to {MAX_ALPHA}"
+            _check(name, alpha, 0 <= alpha <= MAX_ALPHA, allowed)
         for name, p in (
             ("network_dropout", self.neuron_dropout),
             ("rank_dropout", self.rank_dropout),
         ):
             _check(name, p, 0 <= p < 1, "from 0 to below 1")
         _check("module_dropout", self.module_dropout, 0 <= self.module_dropout <= 1, "from 0 to 1")
-        if self.loraplus_lr_ratio is not None:
-            allowed = "above 0 (4 to start with, 16 in the LoRA+ paper; the widget's 0 = off)"
-            _check("loraplus_lr_ratio", self.loraplus_lr_ratio, self.loraplus_lr_ratio > 0, allowed)
-        factor = self.lokr_factor
-        _check("factor", factor, factor == -1 or factor >= 1, "-1 (automatic) or 1 and more")
+        ratio, factor = self.loraplus_lr_ratio, self.lokr_factor
+        if ratio is not None:
+            allowed = f"above 0 and up to {MAX_LR_RATIO} (4 to start with, 16 in the LoRA+ paper)"
+            _check("loraplus_lr_ratio", ratio, 0 < ratio <= MAX_LR_RATIO, allowed)
+        in_range = factor == -1 or 1 <= factor <= MAX_FACTOR
+        _check("factor", factor, in_range, f"-1 (automatic) or 1 and more, up to {MAX_FACTOR}")
 
     @property
     def without_effect(self) -> tuple[str, ...]:
@@ -227,10 +234,11 @@ def _number(given: Mapping[str, str], key: str, widget, parse):
 
 
 def _check(name: str, value: float, holds: bool, allowed: str) -> None:
-    if not holds or not math.isfinite(value):
-        raise ValueError(f"{name}={value}: must be {allowed}")
+    if not holds:  # nor does any comparison with NaN
+        shown = value if abs(value) < 1e15 else f"{value:g}"
+        raise ValueError(f"{name}={shown}: must be {allowed}")
 
 
 def _refuse_other(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise ValueError(f"{name}={value}: must be one of {', '.join(allowed)}")
+        raise ValueError(f"{name}={shortened(value)}: must be one of {', '.join(allowed)}")

@@ -1,5 +1,6 @@
 """The tensors of one adapted layer, apart from any file, and how row blocks of one weight join."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -10,6 +11,19 @@ from .spec import Kind
 
 _ROW_FACTORS = {"lora": ("up",), "loha": ("w1_a", "w2_a")}
 _COLUMN_FACTORS = {"lora": ("down",), "loha": ("w1_b", "w2_b")}
+_PRODUCTS = {
+    "lora": (("up", "down"),),
+    "loha": (("w1_a", "w1_b"), ("w2_a", "w2_b")),
+    "lokr": (("w1_a", "w1_b"), ("w2_a", "w2_b")),
+}
+"""Factors that are multiplied: the columns of the first are the rows of the second."""
+_COMPLETE = {
+    "lora": [{"down", "up"}],
+    "loha": [{"w1_a", "w1_b", "w2_a", "w2_b"}],
+    "lokr": [{"w1", "w2"}, {"w1", "w2_a", "w2_b"}],
+}
+LARGEST_SMALL_FACTOR = 1 << 24
+"""Elements of the small Kronecker factor of a LoKr where a file holds it as a product."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +52,72 @@ def rank_of(kind: Kind, tensors: Mapping[str, Tensor]) -> int:
     """Inner width of the factors of one adapter; 1 for a LoKr that is not low-rank at all."""
     inner = {"lora": "down", "loha": "w1_b", "lokr": "w2_b"}[kind]
     return tensors[inner].shape[0] if inner in tensors else 1
+
+
+def checked_weights(
+    name: str, kind: Kind, tensors: Mapping[str, Tensor], alpha: Tensor | None
+) -> AdapterWeights:
+    """The weights of layer `name` as a file holds them, alpha the rank where it has none.
+
+    A LoKr whose small factor is a product gets it in full. ValueError says what is missing or does
+    not fit.
+    """
+    check_factors(name, kind, tensors)
+    # torch has no arithmetic of 8-bit floats
+    parameters = {k: t.float() if t.dtype.itemsize == 1 else t for k, t in tensors.items()}
+    if kind == "lokr" and {"w1_a", "w1_b"} <= set(parameters):
+        parameters["w1"] = _small_factor(name, parameters.pop("w1_a"), parameters.pop("w1_b"))
+    if set(parameters) not in _COMPLETE[kind]:
+        raise ValueError(f"the file holds only {', '.join(parameters)} of the {kind} of {name}")
+    rank = rank_of(kind, parameters)
+    return AdapterWeights(
+        kind=kind,
+        tensors=parameters,
+        alpha=float(rank) if alpha is None else _alpha_of(name, alpha),
+    )
+
+
+def _small_factor(name: str, w1_a: Tensor, w1_b: Tensor) -> Tensor:
+    rows, columns = w1_a.shape[0], w1_b[0].numel()
+    if rows * columns > LARGEST_SMALL_FACTOR:
+        raise ValueError(f"the small factor of the lokr of {name} would be {rows} × {columns}")
+    return w1_a.float().flatten(1) @ w1_b.float().flatten(1)
+
+
+def _alpha_of(name: str, tensor: Tensor) -> float:
+    alpha = float(tensor) if tensor.numel() == 1 else math.nan
+    if not math.isfinite(alpha):
+        raise ValueError(f"the alpha of {name} is {tensor.flatten()[:4].tolist()}, not one number")
+    return alpha
+
+
+def check_factors(name: str, kind: Kind, tensors: Mapping[str, Tensor]) -> None:
+    """ValueError unless the tensors of the adapter of layer `name` can be multiplied."""
+    for key, tensor in tensors.items():
+        if tensor.ndim < 2 or not tensor.numel() or not tensor.is_floating_point():
+            raise ValueError(
+                f"{key} of {name} is {tensor.dtype} of shape {tuple(tensor.shape)}, which is no "
+                "matrix of numbers"
+            )
+    ranks = [
+        (tensors[first].flatten(1).shape[1], tensors[second].shape[0])
+        for first, second in _PRODUCTS[kind]
+        if first in tensors and second in tensors
+    ]
+    if any(one != other for one, other in ranks) or (kind == "loha" and len(set(ranks)) > 1):
+        widths = ", ".join(f"{one} and {other}" for one, other in ranks)
+        raise ValueError(f"the factors of the {kind} of {name} do not fit (ranks {widths})")
+
+
+def delta_shape(kind: Kind, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+    """(rows, columns) of the change that factors make, which `check_factors` has seen."""
+    if kind == "lora":
+        return tensors["up"].shape[0], tensors["down"][0].numel()
+    if kind == "loha":
+        return tensors["w1_a"].shape[0], tensors["w1_b"][0].numel()
+    last = tensors["w2"] if "w2" in tensors else tensors["w2_b"]
+    rows = tensors["w2" if "w2" in tensors else "w2_a"].shape[0]
+    return tensors["w1"].shape[0] * rows, tensors["w1"][0].numel() * last[0].numel()
 
 
 def row_blocks(parts: int, rows: int, columns: int) -> tuple[int, ...]:

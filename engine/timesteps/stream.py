@@ -19,6 +19,8 @@ from .sampling import TimestepSampling
 _JITTER, _LATTICE = 1, 2
 """Which use of the seed a generator serves."""
 _GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
+MOST_AHEAD = 1_000_000
+"""Visits that an item may have more than another; in a run they come epoch by epoch."""
 
 
 def epoch_pool(epoch: int, *, seed: int, item_count: int, buckets: int) -> np.ndarray:
@@ -101,22 +103,27 @@ class TimestepStream:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state` was taken; ValueError when it is of another run."""
-        visits = torch.as_tensor(state["visits"]).numpy()
+        visits = state.get("visits")
+        if not isinstance(visits, Tensor) or visits.ndim != 1 or visits.dtype != torch.int64:
+            raise ValueError("the saved timesteps hold no visits of the items")
+        fewest, most = (int(end) for end in visits.aminmax()) if len(visits) else (0, 0)
+        if fewest < 0 or most > min(fewest + MOST_AHEAD, 2**53):
+            raise ValueError(f"the saved timesteps hold from {fewest} to {most} visits of an item")
         for name, saved, ours in (
-            ("seed", state["seed"], self.seed),
+            ("seed", state.get("seed"), self.seed),
             ("items", len(visits), len(self._visits)),
             (
                 "num_timestep_buckets",
-                state["num_timestep_buckets"],
+                state.get("num_timestep_buckets"),
                 self.sampling.num_timestep_buckets,
             ),
         ):
-            if saved != ours:
+            if type(saved) is not int or saved != ours:
                 raise ValueError(
                     f"the saved timesteps are of a run with {name} {saved}, this run has {ours}: "
                     "resume with the same setting, or start a new run"
                 )
-        self._visits[:] = visits
+        self._visits[:] = visits.numpy()
 
 
 def _has_duplicates(values: np.ndarray) -> bool:

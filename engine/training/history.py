@@ -92,6 +92,8 @@ class LossHistory:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor]) -> "LossHistory":
+        """What `state_dict` was taken of; ValueError names the table that does not fit."""
+        _check_tables(state)
         samples = torch.split(state["samples"], state["sample_counts"].tolist())
         records = [
             StepRecord(
@@ -116,6 +118,30 @@ class LossHistory:
             for step, loss, *bins in state["validations"].tolist()
         ]
         return cls(records, validations)
+
+
+def _check_tables(state: Mapping[str, Any]) -> None:
+    tables = {name: state.get(name) for name in LossHistory().state_dict()}
+    for name, table in tables.items():
+        dtype, sides = (torch.int64, 1) if name == "sample_counts" else (torch.float64, 2)
+        if not isinstance(table, Tensor) or table.dtype != dtype or table.ndim != sides:
+            raise ValueError(f"history: its {name} are no table of numbers")
+    count = len(tables["records"])
+    counts, samples, validations = (
+        tables[name] for name in ("sample_counts", "samples", "validations")
+    )
+    fits = (
+        tables["records"].shape == (count, 3)
+        and all(len(tables[n]) == count for n in ("learning_rates", "weight_norms"))
+        and counts.shape == (count,)
+        and samples.shape == (len(samples), 2)
+        and (len(validations) == 0 or validations.shape[1] >= 2)
+    )
+    if not fits or bool((counts < 0).any()) or sum(counts.tolist()) != len(samples):
+        raise ValueError("history: its tables are of different lengths")
+    steps = torch.cat([tables["records"][:, 0], validations[:, :1].flatten()])
+    if not bool((steps.isfinite() & (steps.abs() < 2**53)).all()):
+        raise ValueError("history: it holds a step that is no number")
 
 
 def _table(rows: list[tuple[float, ...]], columns: int | None) -> Tensor:

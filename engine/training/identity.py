@@ -50,7 +50,7 @@ class Identity:
             ours, theirs = self.as_0_1_0, dict(saved)
         for name, value in _flat(ours).items():
             expected = theirs.get(name, defaults.get(name))
-            if name != "version" and expected != value:
+            if name != "version" and (isinstance(expected, Tensor) or expected != value):
                 return name, expected, value
         return None
 
@@ -103,7 +103,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
             if isinstance(value, Mapping) and value:
                 yield from _flat(value, f"{prefix}{name}.").items()
             else:
-                yield prefix + name, value
+                yield f"{prefix}{name}", value
 
     return dict(visit())
 

@@ -108,7 +108,8 @@ class TrainingLogs:
             try:
                 act(tracker)
             except Exception as error:  # a full disk, or whatever W&B makes of a lost connection
-                self._warn(f"logging stops here, training goes on ({error})")
+                reason = getattr(error, "strerror", None) or error
+                self._warn(f"logging stops here, training goes on ({reason})")
                 self._trackers.remove(tracker)
 
 
@@ -151,7 +152,10 @@ def open_logs(
         try:
             trackers.append(open_(log, folder, config))
         except OSError as error:
-            warn(f"{name} cannot write in {folder} ({error}): this run is trained without it")
+            warn(
+                f"{name} cannot write in {folder} ({error.strerror or error}): this run is trained "
+                "without it"
+            )
     return TrainingLogs(trackers, run, warn)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..network.attach import Network, check_weight_norms, scale_weight_norms
 from ..timesteps.stream import TimestepStream
 from .dataset import Dataset
+from .form import check_like, count_of, part_of
 from .history import LossHistory, StepRecord
 from .objective import Denoiser, denoising_losses
 from .optimizer import Optimization
@@ -237,15 +238,18 @@ class TrainingRun:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was taken."""
-        self.network.load_state_dict(state["network"])
-        self.optimization.load_state_dict(state["optimizer"])
+        """Go on where `state` was taken; ValueError names the part that is not of such a run."""
+        step, weights = count_of(state, "step"), part_of(state, "network")
+        check_like(self.network.state_dict(), weights, "network")
+        history = LossHistory.from_state_dict(part_of(state, "history"))
+        self.timesteps.load_state_dict(part_of(state, "timesteps"))
+        self.optimization.load_state_dict(part_of(state, "optimizer"))
+        self.network.load_state_dict(weights)
         if self._scaler.is_enabled():
+            check_like(self._scaler.state_dict(), part_of(state, "scaler"), "scaler")
             self._scaler.load_state_dict(state["scaler"])
-        self.timesteps.load_state_dict(state["timesteps"])
         self._timesteps_after_step = self.timesteps.state_dict()
-        self.history = LossHistory.from_state_dict(state["history"])
-        self.step = int(state["step"])
+        self.history, self.step = history, step
 
 
 def _read(pending: list[_Pending]) -> list[StepRecord]:

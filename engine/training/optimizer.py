@@ -1,32 +1,19 @@
-"""OptimizerSpec: the optimizer and learning-rate schedule of a run, by name."""
+"""OptimizerSpec: the optimizer and learning-rate schedule of a run; Optimization: both, built."""
 
 import contextlib
-import importlib
 import inspect
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import Any
 
 import torch
 
-from ..arguments import did_you_mean, refuse_unknown
+from ..arguments import check_values, refuse_unknown, said, shortened
+from .form import optimizer_like, part_of, schedule_like
+from .optimizer_classes import OPTIMIZERS, find_optimizer_class
+from .plan import MAX_STEPS
 from .schedule import LR_SCHEDULERS, build_schedule
 
-logger = logging.getLogger("comfyui_braid.training")
-
-OPTIMIZERS = {
-    "AdamW": "torch.optim.AdamW",
-    "AdamW8bit": "bitsandbytes.optim.AdamW8bit",
-    "Adafactor": "transformers.optimization.Adafactor",
-    "Prodigy": "prodigyopt.Prodigy",
-    "AdamWScheduleFree": "schedulefree.AdamWScheduleFree",
-    "Adam": "torch.optim.Adam",
-    "RAdam": "torch.optim.RAdam",
-    "SGD": "torch.optim.SGD",
-}
-"""Short names, in any case; any other importable class is named by its dotted path."""
 DEFAULT_ARGUMENTS: dict[str, dict[str, Any]] = {
     # with relative_step, its library default, Adafactor ignores the learning rate it is given
     "transformers.optimization.Adafactor": {
@@ -43,7 +30,10 @@ class OptimizerSpec:
     """Socket BRAID_OPTIMIZER."""
 
     optimizer_type: str = "AdamW"
-    """A short name of OPTIMIZERS, or the dotted path of a torch.optim.Optimizer class."""
+    """A short name of OPTIMIZERS, or a dotted path that `find_optimizer_class` knows."""
+    optimizer_class: type[torch.optim.Optimizer] | None = None
+    """The class, where it has been found already: with what the server's owner allows beyond the
+    list. Never read from a document; None = found by `optimizer_type` in the list."""
     optimizer_args: Mapping[str, Any] = field(default_factory=dict)
     """Further keyword arguments of the class."""
     lr_scheduler: str = "constant"
@@ -58,8 +48,12 @@ class OptimizerSpec:
             raise ValueError(
                 f"lr_scheduler is {self.lr_scheduler!r}; choose one of {', '.join(LR_SCHEDULERS)}"
             )
-        if self.lr_warmup_steps < 0:
-            raise ValueError(f"lr_warmup_steps is {self.lr_warmup_steps}; it must be 0 or more")
+        if not 0 <= self.lr_warmup_steps <= MAX_STEPS:
+            raise ValueError(
+                f"lr_warmup_steps is {self.lr_warmup_steps}; it must be from 0 to {MAX_STEPS}"
+            )
+        check_values("optimizer_args", self.optimizer_args)
+        check_values("lr_scheduler_args", self.lr_scheduler_args)
         if self.is_schedule_free and (self.lr_scheduler != "constant" or self.lr_warmup_steps):
             raise ValueError(
                 f"{self.optimizer_type} replaces the schedule; set lr_scheduler to constant "
@@ -111,15 +105,9 @@ class Optimization:
                 f"LoRA+ needs two learning rates, but {spec.optimizer_type} finds one rate for all "
                 "parameters by itself; set loraplus_lr_ratio to 0 or choose another optimizer"
             )
-        if spec.finds_its_own_rate and groups[0]["lr"] < 0.1:
-            logger.warning(
-                "%s multiplies the rate it finds by learning_rate, usually 1.0; here it is %g",
-                spec.optimizer_type,
-                groups[0]["lr"],
-            )
         self.spec = spec
         self.group_names = tuple(group["name"] for group in groups)
-        self.optimizer = _build(spec, groups)
+        self.optimizer = _construct(spec, groups)
         self._schedule = build_schedule(
             self.optimizer,
             spec.lr_scheduler,
@@ -175,11 +163,15 @@ class Optimization:
         return {"optimizer": self.optimizer.state_dict(), "schedule": self._schedule.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was taken, at the rate that this run's schedule has there."""
-        self.optimizer.load_state_dict(state["optimizer"])
-        _restore_dtypes(self.optimizer, state["optimizer"]["state"])
+        """Go on where `state` was taken, at the rate that this run's schedule has there.
+
+        ValueError when it is the state of another optimizer or schedule.
+        """
+        saved = optimizer_like(self.optimizer.state_dict(), part_of(state, "optimizer"))
+        self.optimizer.load_state_dict(saved)
+        _restore_dtypes(self.optimizer, saved["state"])
         schedule = self._schedule
-        schedule.load_state_dict(state["schedule"])
+        schedule.load_state_dict(schedule_like(schedule.state_dict(), part_of(state, "schedule")))
         for group, base, factor in zip(
             self.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
         ):
@@ -192,53 +184,16 @@ def _restore_dtypes(
     """Loading casts state to its parameter's dtype; ProdigyPlus counts on its bfloat16 parts."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for index, entries in saved.items():
+        if not isinstance(index, int):
+            continue  # what some optimizers keep for all parameters together
         loaded = optimizer.state[parameters[index]]
         for name, value in entries.items():
             if isinstance(value, torch.Tensor) and name in loaded:
                 loaded[name] = loaded[name].to(value.dtype)
 
 
-def find_optimizer_class(optimizer_type: str) -> type[torch.optim.Optimizer]:
-    """The class of a short name, a name in torch.optim, or a dotted path."""
-    short_names = {name.lower(): path for name, path in OPTIMIZERS.items()}
-    path = short_names.get(optimizer_type.lower(), optimizer_type)
-    module_name, _, class_name = (path if "." in path else f"torch.optim.{path}").rpartition(".")
-    found = None
-    if all(part.isidentifier() for part in path.split(".")):
-        found = getattr(_module(optimizer_type, module_name), class_name, None)
-    if not (inspect.isclass(found) and issubclass(found, torch.optim.Optimizer)):
-        guess = did_you_mean(optimizer_type, OPTIMIZERS)
-        raise ValueError(
-            f"optimizer_type {optimizer_type!r} is not an optimizer class{guess}; choose one of "
-            f"{', '.join(OPTIMIZERS)}, or the dotted path of a torch.optim.Optimizer"
-        )
-    closure = inspect.signature(found.step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        raise ValueError(
-            f"optimizer_type {optimizer_type}: it computes the loss several times a step, which "
-            f"this trainer does not; choose one of {', '.join(OPTIMIZERS)}"
-        )
-    return found
-
-
-def _module(optimizer_type: str, name: str) -> ModuleType | None:
-    """The module called `name`; None when its package is there but it is not."""
-    package = name.split(".")[0]
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name == package:
-            raise ValueError(
-                f"optimizer {optimizer_type} needs the package {package}, which is not installed "
-                f"here: pip install {package}"
-            ) from error
-        return None
-    except ImportError as error:
-        raise ValueError(f"optimizer {optimizer_type} cannot be imported ({error})") from error
-
-
-def _build(spec: OptimizerSpec, groups: Sequence[Mapping[str, Any]]) -> torch.optim.Optimizer:
-    found = find_optimizer_class(spec.optimizer_type)
+def _construct(spec: OptimizerSpec, groups: Sequence[Mapping[str, Any]]) -> torch.optim.Optimizer:
+    found = spec.optimizer_class or find_optimizer_class(spec.optimizer_type)
     parameters = inspect.signature(found).parameters
     if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         refuse_unknown("optimizer_args", spec.optimizer_args, parameters.keys() - SET_ELSEWHERE)
@@ -249,7 +204,8 @@ def _build(spec: OptimizerSpec, groups: Sequence[Mapping[str, Any]]) -> torch.op
             lr=groups[0]["lr"],
             **{**defaults, **spec.optimizer_args},
         )
-    except (TypeError, ValueError) as error:
+    except Exception as error:
+        given = shortened(str(dict(spec.optimizer_args)), 200)
         raise ValueError(
-            f"optimizer_args: {spec.optimizer_type} refuses {dict(spec.optimizer_args)} ({error})"
+            f"optimizer_args: {spec.optimizer_type} refuses {given} ({said(error)})"
         ) from error

@@ -1,11 +1,14 @@
 """TrainingPlan: how long, how fast, in which precision, from which seed."""
 
+import math
 from dataclasses import dataclass
 
 from ..names import FORBIDDEN_IN_NAMES, check_typed_path
 
 LOSS_TYPES = ("mse", "huber", "smooth_l1")
 MIXED_PRECISIONS = ("bf16", "fp16", "no")
+MAX_STEPS = 1_000_000
+"""Of one run; a linked node may give any number."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,8 +44,10 @@ class TrainingPlan:
         for name in ("steps", "batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("max_grad_norm", "scale_weight_norms", "blocks_to_swap", "seed"):
-            if getattr(self, name) < 0:
+        if self.steps > MAX_STEPS:
+            raise ValueError(f"steps is {self.steps}; it must be at most {MAX_STEPS}")
+        for name in ("max_grad_norm", "scale_weight_norms", "blocks_to_swap", "seed", "guidance"):
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 (off) or more")
         if not 0 < self.learning_rate < 100:
             raise ValueError(

@@ -64,10 +64,9 @@ def tight(needed: RoomNeeded, folder: Path) -> str:
     if free is None or needed.total <= free:
         return ""
     return (
-        f"the files of this run may not fit: {needed.checkpoints} checkpoints and the finished "
-        f"LoRA take up to {in_bytes(needed.total)}, and {in_bytes(free)} are free in {folder}; a "
-        "checkpoint that finds no room is left out: free some space, or set save_last_n, or "
-        "raise save_every_n_steps"
+        f"the files of this run may not fit: they take up to {in_bytes(needed.total)}, and "
+        f"{in_bytes(free)} are free in {folder}; a checkpoint that finds no room is left out: free "
+        "some space, or set save_last_n, or raise save_every_n_steps"
     )
 
 

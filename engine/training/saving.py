@@ -1,4 +1,4 @@
-"""Where a run's files go, which of them are kept, and whether a saved state belongs to a run."""
+"""Where a run's files go, which of them are kept, and which state a run goes on from."""
 
 import contextlib
 import glob
@@ -9,13 +9,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints import Checkpoint, Checkpoints, step_of
-from ..files import read_header
+from ..checkpoints import Checkpoint, Checkpoints
 from ..writing import NotWrittenError, remove_leftovers
 from .identity import Identity
 from .loop import TrainingRun, TrainingStep
 from .options import Checkpointing
-from .state import STATE_SUFFIX, read_state, write_state
+from .state import STATE_SUFFIX, write_state
 
 logger = logging.getLogger("comfyui_braid.training")
 
@@ -174,8 +173,8 @@ def saved(
                 saver.save_step(run)
             except NotWrittenError as error:
                 warn(
-                    f"the checkpoint of step {step.step} was not saved whole ({error}); what was "
-                    "saved before stays, training goes on and tries again at the next one"
+                    f"the checkpoint of step {step.step} was not saved ({error}); what was saved "
+                    "before stays, training goes on and tries again at the next one"
                 )
         yield step
 
@@ -226,35 +225,3 @@ def run_folder(root: Path, output_name: str, state_file: Path | None) -> Path:
     if not folder.resolve().is_relative_to(root.resolve()):
         raise ValueError(f"output_name is {output_name!r}, which a link leads out of {root}")
     return folder
-
-
-def resumed(run: TrainingRun, path: Path, identity: Identity) -> dict[str, Any]:
-    """Put the run where the state file `path` left it; returns the rest of that state.
-
-    ValueError when the state is damaged or of another network, data or plan.
-    """
-    state = read_state(path)
-    if different := identity.difference(state["identity"]):
-        name, theirs, ours = different
-        raise ValueError(
-            f"resume: {path.name} was saved with {name} {theirs}, this run has {ours}; "
-            "resume with the same setting, or clear resume to start afresh"
-        )
-    step = int(state["run"]["step"])
-    if step > run.plan.steps or (step == run.plan.steps and _is_finished(path, step)):
-        raise ValueError(
-            f"resume: {path.name} is already at step {step} of {run.plan.steps}; raise steps to "
-            "train on"
-        )
-    try:
-        run.load_state_dict(state["run"])
-    except (KeyError, RuntimeError, TypeError) as error:
-        raise ValueError(f"resume: {path.name} does not fit this run ({error})") from error
-    return {key: value for key, value in state.items() if key not in ("identity", "run")}
-
-
-def _is_finished(state_file: Path, step: int) -> bool:
-    """Whether the finished adapter of `step` is there; a run stopped just before it is not done."""
-    name = STEP_NAME.sub(".", state_file.name)
-    final = state_file.with_name(name).with_suffix(".safetensors")
-    return final.is_file() and step_of(final, read_header(final).metadata) == step

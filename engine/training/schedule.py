@@ -2,14 +2,13 @@
 
 import functools
 import inspect
-import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from ..arguments import did_you_mean
+from ..arguments import did_you_mean, said, shortened
 
 LR_SCHEDULERS = (
     "constant",
@@ -23,6 +22,9 @@ LR_SCHEDULERS = (
     "warmup_stable_decay",
     "rex",
 )
+
+MOST_TIMES_BASE = 100
+"""A schedule may exceed the base rate (rex does, with a small rex_alpha + rex_beta), so far."""
 
 
 def rex(
@@ -65,14 +67,22 @@ def build_schedule(
         "num_training_steps": steps,
     }
     takes = inspect.signature(build).parameters
-    arguments = _completed(name, arguments, steps, warmup_steps)
-    _refuse_unknown(name, arguments, [key for key in takes if key not in (*given, "last_epoch")])
     try:
-        schedule = build(**{k: v for k, v in given.items() if k in takes}, **arguments)
-        _try_out(schedule, {0, 1, warmup_steps, steps // 2, steps - 1, steps})
-    except (TypeError, ValueError, ArithmeticError) as error:
-        raise ValueError(f"lr_scheduler_args: {name} refuses {arguments} ({error})") from error
+        completed = _completed(name, arguments, steps, warmup_steps)
+    except TypeError as error:
+        raise _refused(name, arguments, error) from error
+    _refuse_unknown(name, completed, [key for key in takes if key not in (*given, "last_epoch")])
+    try:
+        schedule = build(**{k: v for k, v in given.items() if k in takes}, **completed)
+        _try_out(schedule, steps)
+    except Exception as error:  # transformers' functions check little of what they are given
+        raise _refused(name, completed, error) from error
     return schedule
+
+
+def _refused(name: str, arguments: Mapping[str, Any], error: Exception) -> ValueError:
+    given = shortened(str(dict(arguments)), 200)
+    return ValueError(f"lr_scheduler_args: {name} refuses {given} ({said(error)})")
 
 
 def _constant(optimizer: torch.optim.Optimizer) -> LambdaLR:
@@ -136,13 +146,16 @@ def _whole_steps(given: Any, steps: int) -> Any:
     return int(given * steps) if isinstance(given, float) and 0 < given < 1 else given
 
 
-def _try_out(schedule: LambdaLR, steps: Collection[int]) -> None:
-    """ValueError or ArithmeticError now for a rate that would break the run in the middle."""
-    for step in sorted(steps):
-        for factor in schedule.lr_lambdas:
+def _try_out(schedule: LambdaLR, steps: int) -> None:
+    """Raises now for a rate that would break the run in the middle: every step's is looked at."""
+    for factor in set(schedule.lr_lambdas):
+        for step in range(steps + 1):
             rate = factor(step)
-            if isinstance(rate, complex) or not 0 <= rate < math.inf:
-                raise ValueError(f"the rate at step {step} would be {rate} times the base rate")
+            if isinstance(rate, complex) or not 0 <= rate <= MOST_TIMES_BASE:
+                raise ValueError(
+                    f"the rate at step {step} would be {rate} times the base rate; it must be "
+                    f"from 0 to {MOST_TIMES_BASE} times"
+                )
 
 
 def _refuse_unknown(name: str, arguments: Mapping[str, Any], known: Collection[str]) -> None:
@@ -150,4 +163,6 @@ def _refuse_unknown(name: str, arguments: Mapping[str, Any], known: Collection[s
         if key not in known:
             takes = f"it takes {', '.join(known)}" if known else "it takes no arguments"
             guess = did_you_mean(key, known)
-            raise ValueError(f"lr_scheduler_args: {name} does not know {key}{guess}; {takes}")
+            raise ValueError(
+                f"lr_scheduler_args: {name} does not know {shortened(key)}{guess}; {takes}"
+            )

@@ -9,14 +9,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from torch import Tensor
 
-from ..files import read_header, write_safetensors
+from ..files import mapped_tensors, read_header, write_safetensors
+from ..reading import DamagedFileError, parse_json, shown
 
 STATE_SUFFIX = ".state"
 FORMAT = "braid training state 2"
+DEEPEST = 120
+"""Brackets in each other in the JSON part, three for each level of a state; a run's has eight."""
 
 
 def write_state(path: Path, state: Mapping[str, Any]) -> None:
@@ -33,23 +35,25 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """What `write_state` wrote; ValueError when the file is damaged or something else."""
-    try:
-        metadata = read_header(path).metadata
-    except ValueError:  # which may quote the file, and it may be anybody's
-        raise ValueError(f"{path}: not a training state of Braid, or cut short") from None
+    """What `write_state` wrote; DamagedFileError when the file is damaged or something else."""
+    metadata = read_header(path).metadata
     if metadata.get("format") != FORMAT:
-        raise ValueError(f"{path}: not a training state of this version of Braid ({FORMAT})")
+        raise DamagedFileError(
+            path, f"not a training state of this version of Braid ({FORMAT}); choose another file"
+        )
+    tensors = mapped_tensors(path)
+    skeleton = metadata.get("state", "")
     try:
-        with safetensors.safe_open(path, "pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        if _checksum(metadata["state"], tensors) != metadata["crc32"]:
+        if _checksum(skeleton, tensors) != metadata.get("crc32"):
             raise ValueError("its checksum does not fit its contents")
-        return _rebuild(json.loads(metadata["state"]), tensors)
-    except (KeyError, ValueError, safetensors.SafetensorError) as error:
-        raise ValueError(
-            f"{path}: the training state is damaged ({error}); resume from an earlier one"
+        state = _rebuild(parse_json(skeleton, DEEPEST), tensors)
+        if not isinstance(state, dict):
+            raise ValueError("it is not one mapping")
+    except ValueError as error:
+        raise DamagedFileError(
+            path, f"the training state is damaged ({error}); resume from an earlier one"
         ) from error
+    return state
 
 
 def _checksum(skeleton: str, tensors: Mapping[str, Tensor]) -> str:
@@ -82,12 +86,20 @@ def _flatten(value: Any, key: str, tensors: dict[str, Tensor], keys: dict[int, s
 
 
 def _rebuild(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if not isinstance(value, dict):
-        return value
-    if "tensor" in value:
-        return tensors[value["tensor"]]
-    if "items" in value:
-        return {k: _rebuild(v, tensors) for k, v in value["items"]}
-    if "tuple" in value:
-        return tuple(_rebuild(v, tensors) for v in value["tuple"])
-    return [_rebuild(v, tensors) for v in value["list"]]
+    """The state that `_flatten` made `value` of; ValueError for anything that it never makes."""
+    match value:
+        case None | bool() | int() | float() | str():
+            return value
+        case {"tensor": str(key), **others} if key in tensors and not others:
+            return tensors[key]
+        case {"items": [*items], **others} if not others and all(map(_is_item, items)):
+            return {key: _rebuild(part, tensors) for key, part in items}
+        case {"tuple": [*parts], **others} if not others:
+            return tuple(_rebuild(part, tensors) for part in parts)
+        case {"list": [*parts], **others} if not others:
+            return [_rebuild(part, tensors) for part in parts]
+    raise ValueError(f"its structure holds {shown(value)}")
+
+
+def _is_item(item: Any) -> bool:
+    return isinstance(item, list) and len(item) == 2 and not isinstance(item[0], (list, dict))

@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ...engine.magcache.curve import resampled_sigmas
-from ...engine.magcache.plan import MagCachePlan, plan_from_ratios
+from ...engine.magcache.plan import MagCachePlan, plan_from_ratios, read_plan
 from ...engine.magcache.presets import preset_named, presets
 from ...engine.magcache.rules import MAX_PLANNED_K, MagCacheRule, PlannedRule, Rule
 from .. import sockets
@@ -222,7 +222,4 @@ def calibration_file(name: str) -> Path:
 
 def load_calibration(name: str) -> MagCachePlan:
     """What a saved calibration holds."""
-    path = calibration_file(name)
-    if path.stat().st_size > MOST_BYTES:
-        raise ValueError(f"file {name!r} is no saved calibration: it is over {MOST_BYTES >> 20} MB")
-    return MagCachePlan.from_json(path.read_text(encoding="utf-8-sig"))  # editors add a mark
+    return read_plan(calibration_file(name))

@@ -1,11 +1,15 @@
 """The optimizer of a training run and the schedule of its learning rate."""
 
+import dataclasses
+
 from comfy_api.latest import io
 
 from ...engine.arguments import parse_arguments, parse_literal
-from ...engine.training.optimizer import OPTIMIZERS, OptimizerSpec
+from ...engine.training.optimizer import OptimizerSpec
+from ...engine.training.optimizer_classes import OPTIMIZERS, find_optimizer_class
 from ...engine.training.schedule import LR_SCHEDULERS
 from .. import sockets
+from ..owner import allowed_optimizers
 
 CUSTOM = "custom"
 
@@ -80,16 +84,22 @@ class BraidOptimizer(io.ComfyNode):
         lr_scheduler_args: str,
         optimizer_class: str = "",
     ) -> io.NodeOutput:
-        name = optimizer_class.strip() if optimizer_type == CUSTOM else optimizer_type
-        return io.NodeOutput(
-            OptimizerSpec(
-                optimizer_type=name,
-                optimizer_args=_literals(optimizer_args, "optimizer_args"),
-                lr_scheduler=lr_scheduler,
-                lr_warmup_steps=lr_warmup_steps,
-                lr_scheduler_args=_literals(lr_scheduler_args, "lr_scheduler_args"),
-            )
+        is_custom = optimizer_type == CUSTOM
+        spec = OptimizerSpec(
+            optimizer_type=optimizer_class.strip() if is_custom else optimizer_type,
+            optimizer_args=_literals(optimizer_args, "optimizer_args"),
+            lr_scheduler=lr_scheduler,
+            lr_warmup_steps=lr_warmup_steps,
+            lr_scheduler_args=_literals(lr_scheduler_args, "lr_scheduler_args"),
         )
+        allowed = allowed_optimizers() if is_custom else ()
+        found = find_optimizer_class(spec.optimizer_type, allowed)  # a refusal shows at this node
+        return io.NodeOutput(dataclasses.replace(spec, optimizer_class=found))
+
+    @classmethod
+    def fingerprint_inputs(cls, optimizer_type: str, **widgets) -> tuple[str, ...]:
+        """A class that the owner no longer allows is not kept in ComfyUI's cache."""
+        return allowed_optimizers() if optimizer_type == CUSTOM else ()
 
 
 def _literals(text: str, option: str) -> dict[str, object]:

@@ -2,6 +2,7 @@
 
 import functools
 import json
+from dataclasses import fields
 
 from comfy_api.latest import io
 
@@ -177,60 +178,20 @@ class BraidTrainLora(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
-        cls,
-        model: list,
-        latents: list[dict],
-        positive: list,
-        network: list,
-        steps: list[int],
-        batch_size: list[int],
-        gradient_accumulation_steps: list[int],
-        learning_rate: list[float],
-        seed: list[int],
-        output_name: list[str],
-        mixed_precision: list[str],
-        gradient_checkpointing: list[bool],
-        loss_type: list[str] = ("mse",),
-        max_grad_norm: list[float] = (1.0,),
-        scale_weight_norms: list[float] = (0.0,),
-        blocks_to_swap: list[int] = (0,),
-        guidance: list[float] = (1.0,),
-        timesteps: list | None = None,
-        optimizer: list | None = None,
-        options: list | None = None,
-    ) -> io.NodeOutput:
-        plan = TrainingPlan(
-            steps=steps[0],
-            batch_size=batch_size[0],
-            gradient_accumulation_steps=gradient_accumulation_steps[0],
-            learning_rate=learning_rate[0],
-            seed=seed[0],
-            output_name=output_name[0],
-            mixed_precision=mixed_precision[0],
-            gradient_checkpointing=gradient_checkpointing[0],
-            loss_type=loss_type[0],
-            max_grad_norm=max_grad_norm[0],
-            scale_weight_norms=scale_weight_norms[0],
-            blocks_to_swap=blocks_to_swap[0],
-            guidance=guidance[0],
-        )
-        chosen = options[0] if options else TrainingOptions()
+    def execute(cls, latents: list[dict], positive: list, **lists: list) -> io.NodeOutput:
+        one = {name: values[0] for name, values in lists.items() if values}
+        chosen = one.get("options") or TrainingOptions()
         inputs = TrainingInputs(
-            patcher=model[0],
+            patcher=one["model"],
             pairs=pair_items(latents, positive),
             held_out=held_out_pairs(chosen),
             preview_sampling=chosen.preview_sampling,
             loras=loras_folder(),
             spare_folders=spare_folders(),
         )
+        plan = TrainingPlan(**{f.name: one[f.name] for f in fields(TrainingPlan) if f.name in one})
         job = build_job(
-            inputs,
-            plan,
-            network[0],
-            timesteps[0] if timesteps else None,
-            optimizer[0] if optimizer else None,
-            chosen,
+            inputs, plan, one["network"], one.get("timesteps"), one.get("optimizer"), chosen
         )
         trained = train_lora(job, inputs, functools.partial(live.say, cls.hidden.unique_id))
         picture = as_image(draw_loss_map(trained.loss_map))

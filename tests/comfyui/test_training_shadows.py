@@ -12,7 +12,11 @@ from training_cases import PLAN, run, same, trained_on
 from comfyui_braid.engine.checkpoints import SHADOWS_SUFFIX
 from comfyui_braid.engine.comfyui.training import run as training_run
 from comfyui_braid.engine.ema.profile import gamma_from_sigma_rel, power_beta
-from comfyui_braid.engine.ema.shadows import plan_reconstruction, read_shadows_info, reconstructed
+from comfyui_braid.engine.ema.reconstruction import (
+    plan_reconstruction,
+    read_shadows_info,
+    reconstructed,
+)
 from comfyui_braid.engine.training.optimizer import OptimizerSpec
 from comfyui_braid.engine.training.options import Checkpointing, TrainingOptions
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from comfyui_braid.engine.ema.profile import gamma_from_sigma_rel
+from comfyui_braid.engine.ema.reconstruction import solve_reconstruction
 from comfyui_braid.engine.ema.schedule import MusubiPower, Power, merge_betas, weights_from_betas
-from comfyui_braid.engine.ema.shadows import SIGMA_RELS, solve_reconstruction
+from comfyui_braid.engine.ema.shadows import SIGMA_RELS
 
 STEPS, DIMENSIONS, NOISE = 2000, 200, 1.0
 

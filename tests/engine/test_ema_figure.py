@@ -11,8 +11,9 @@ from comfyui_braid.engine.ema.figure import (
     ideal_curve,
 )
 from comfyui_braid.engine.ema.order import TrainedOrder, planned_order
+from comfyui_braid.engine.ema.reconstruction import solve_reconstruction
 from comfyui_braid.engine.ema.schedule import BetaRamp, MusubiPower, Power
-from comfyui_braid.engine.ema.shadows import SIGMA_RELS, solve_reconstruction
+from comfyui_braid.engine.ema.shadows import SIGMA_RELS
 
 SCHEDULES = [Power(sigma_rel=0.2), MusubiPower(sigma_rel=0.1), BetaRamp(beta=0.9, beta2=0.95)]
 

@@ -20,12 +20,11 @@ from comfyui_braid.engine.ema.merge import merged_tensors, prepare_merge, write_
 from comfyui_braid.engine.ema.schedule import BetaRamp, MusubiPower, Power
 from comfyui_braid.engine.files import (
     DTYPES,
-    SshsHasher,
     header_bytes,
     read_header,
     saved_layout,
-    sshs_hashes,
 )
+from comfyui_braid.engine.hashes import SshsHasher, sshs_hashes
 from comfyui_braid.engine.writing import NotWrittenError
 
 TESTS = Path(__file__).parent.parent

@@ -33,9 +33,8 @@ def test_tensors_that_were_read_stay_as_they_are_when_their_file_is_written_over
 
 def test_the_dtypes_are_those_that_an_older_torch_has_too(monkeypatch):
     monkeypatch.delattr(torch, "float8_e8m0fnu", raising=False)  # new in torch 2.7
-    spec = importlib.util.spec_from_file_location(f"{files.__name__}_again", files.__file__)
-    older = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(older)
-    assert older.DTYPES == {
-        name: dtype for name, dtype in files.DTYPES.items() if name != "F8_E8M0"
-    }
+    spec = importlib.util.spec_from_file_location("comfyui_braid.engine.older", files.__file__)
+    older_files = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(older_files)
+    expected = {name: dtype for name, dtype in files.DTYPES.items() if name != "F8_E8M0"}
+    assert older_files.DTYPES == expected

@@ -22,7 +22,8 @@ from comfyui_braid.engine.training.dataset import Dataset, TrainingItem
 from comfyui_braid.engine.training.identity import Identity
 from comfyui_braid.engine.training.loop import TrainingDiverged
 from comfyui_braid.engine.training.optimizer import OPTIMIZERS, OptimizerSpec
-from comfyui_braid.engine.training.saving import find_state, resumed
+from comfyui_braid.engine.training.resume import resumed
+from comfyui_braid.engine.training.saving import find_state
 from comfyui_braid.engine.training.state import read_state, write_state
 
 

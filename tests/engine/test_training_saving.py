@@ -22,11 +22,11 @@ from comfyui_braid.engine.training.history import ValidationRecord
 from comfyui_braid.engine.training.identity import Identity, fingerprint
 from comfyui_braid.engine.training.optimizer import OptimizerSpec
 from comfyui_braid.engine.training.options import Checkpointing
+from comfyui_braid.engine.training.resume import resumed
 from comfyui_braid.engine.training.saving import (
     Saver,
     find_state,
     free_folder,
-    resumed,
     run_folder,
     saved,
 )

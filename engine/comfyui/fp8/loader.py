@@ -1,7 +1,8 @@
 """A model file and an FP8 policy become a ModelPatcher through ComfyUI's own loader."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,12 +18,14 @@ from comfy.quant_ops import QuantizedTensor
 from comfy.supported_models_base import BASE
 from torch import Tensor, nn
 
+from ...files import mapped_tensors
 from ...fp8.checkpoint import Fp8Checkpoint, format_name, recognise, without_prefix
 from ...fp8.policy import Decision, Fp8Policy
 from ...fp8.report import Fp8Report, LayerReport
 from ...fp8.source import map_tensors
 from ...fp8.stream import Merge, granularity_of, quantized_stream
 from ...network.layers import is_linear
+from ...reading import AGAIN, damage_named, one_line
 from ..progress import reported
 
 logger = logging.getLogger("comfyui_braid.fp8")
@@ -75,18 +78,21 @@ def load_fp8(request: Fp8Request, disable_dynamic: bool = False) -> Fp8Model:
     A file that is FP8 already is loaded as what it is.
     """
     whole = map_tensors(request.path)
-    prefix = comfy.model_detection.unet_prefix_from_state_dict(whole.tensors)
-    source = without_prefix(whole, prefix)
-    already = recognise(source.tensors, source.metadata)
+    with damage_named(request.path):
+        with _understood_by_comfyui():
+            prefix = comfy.model_detection.unet_prefix_from_state_dict(whole.tensors)
+        source = without_prefix(whole, prefix)
+        already = recognise(source.tensors, source.metadata)
     if already is not None:
         ready, report = _as_it_is(already, request)
     else:
         ready, report = _quantized(source.tensors, request, source.metadata)
-    patcher = comfy.sd.load_diffusion_model_state_dict(
-        ready,
-        metadata=dict(source.metadata) if already and not already.scaled else {},
-        disable_dynamic=disable_dynamic,
-    )
+    with damage_named(request.path), _understood_by_comfyui():
+        patcher = comfy.sd.load_diffusion_model_state_dict(
+            ready,
+            metadata=dict(source.metadata) if already and not already.scaled else {},
+            disable_dynamic=disable_dynamic,
+        )
     if patcher is None:
         raise ValueError(_unknown(request.path))
     _use_fine_scales(patcher)
@@ -129,7 +135,8 @@ def _as_it_is(already: Fp8Checkpoint, request: Fp8Request) -> tuple[dict[str, Te
 def _quantized(
     tensors: Mapping[str, Tensor], request: Fp8Request, metadata: Mapping[str, str]
 ) -> tuple[dict[str, Tensor], Fp8Report]:
-    skeleton = build_skeleton(tensors, metadata)
+    with damage_named(request.path), _understood_by_comfyui():
+        skeleton = build_skeleton(tensors, metadata)
     if skeleton is None:
         raise ValueError(_unknown(request.path))
     notes = [f"{request.path.name}: {skeleton.architecture}, quantised while reading"]
@@ -144,12 +151,13 @@ def _quantized(
     ready: dict[str, Tensor] = {}
     layers: list[LayerReport] = []
     other_bytes = 0
-    for streamed in reported(stream, total=len(tensors)):
-        ready.update(streamed.tensors)
-        if streamed.layer is not None:
-            layers.append(streamed.layer)
-        else:
-            other_bytes += sum(tensor.nbytes for tensor in streamed.tensors.values())
+    with damage_named(request.path):
+        for streamed in reported(stream, total=len(tensors)):
+            ready.update(streamed.tensors)
+            if streamed.layer is not None:
+                layers.append(streamed.layer)
+            else:
+                other_bytes += sum(tensor.nbytes for tensor in streamed.tensors.values())
     if not any(layer.quantized for layer in layers):
         raise ValueError(
             f"no layer of {request.path.name} is quantised by these patterns; its Linear layers "
@@ -188,9 +196,10 @@ def decide_layers(
 
 def _lora_merge(skeleton: Skeleton, request: Fp8Request) -> tuple[Merge, str]:
     """(key, tensor) -> merged tensor, and a sentence about what matched."""
-    file = comfy.utils.load_torch_file(str(request.lora), safe_load=True)
     key_map = comfy.lora.model_lora_keys_unet(skeleton.model, {})
-    loaded = comfy.lora.load_lora(comfy.lora_convert.convert_lora(file), key_map)
+    with damage_named(request.lora), _understood_by_comfyui():
+        file = _lora_tensors(request.lora)
+        loaded = comfy.lora.load_lora(comfy.lora_convert.convert_lora(file), key_map)
     patches: dict[str, list] = {}
     for target, patch in loaded.items():
         key, offset, function, *_ = (*_as_tuple(target), None, None)
@@ -219,6 +228,31 @@ def _lora_merge(skeleton: Skeleton, request: Fp8Request) -> tuple[Merge, str]:
     )
     logger.info(note)
     return merge, note
+
+
+def _lora_tensors(path: Path) -> dict[str, Tensor]:
+    if path.suffix.lower() not in (".safetensors", ".sft"):
+        try:
+            return comfy.utils.load_torch_file(str(path), safe_load=True)
+        except Exception as error:  # whatever an unpickler comes to
+            raise ValueError(f"cannot be read ({one_line(error, 200)}); {AGAIN}") from error
+    tensors = mapped_tensors(path)
+    for key, tensor in tensors.items():
+        if key.endswith(".alpha") and tensor.numel() != 1:
+            raise ValueError(f"{key} has shape {list(tensor.shape)}, not that of one number")
+    return tensors
+
+
+@contextmanager
+def _understood_by_comfyui() -> Iterator[None]:
+    """Inside, what ComfyUI raises about tensors that fit no model of its is a ValueError."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+        reason = one_line(error, 200)
+        raise ValueError(f"ComfyUI cannot make sense of its tensors ({reason}); {AGAIN}") from error
 
 
 def _as_tuple(target: str | tuple) -> tuple:

@@ -9,9 +9,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...files import write_safetensors
-from ...fp8.checkpoint import FP8, QUANTIZATION_METADATA
-
-MARKER = ".comfy_quant"
+from ...fp8.checkpoint import FP8, MARKER, QUANTIZATION_METADATA, marker_of
 
 
 def save_fp8(patcher: ModelPatcher, path: Path) -> None:
@@ -33,7 +31,7 @@ def save_fp8(patcher: ModelPatcher, path: Path) -> None:
             "this model has no FP8 weights: load it with Load Diffusion Model (FP8 Scaled) first"
         )
     layers = {
-        key.removesuffix(MARKER): json.loads(bytes(tensor.tolist()))
+        key.removesuffix(MARKER): marker_of(key, tensor)
         for key, tensor in tensors.items()
         if key.endswith(MARKER)
     }

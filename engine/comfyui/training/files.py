@@ -15,8 +15,9 @@ from ...network.checkpoint import state_dict_of, weights_of, write_adapter
 from ...network.keys import encoded
 from ...network.metadata import adapter_metadata
 from ...training.loop import TrainingRun, TrainingStep
+from ...training.resume import resumed
 from ...training.room import refuse_without_room, room_needed, tight
-from ...training.saving import Saver, free_folder, resumed
+from ...training.saving import Saver, free_folder
 from ...writing import NotWrittenError, replaced_when_whole
 from .records import Resolved, musubi_fields, timestep_range
 
@@ -59,7 +60,10 @@ class RunFiles:
         """Put run, shadows and checkpoints where the state left them; ValueError if not its own."""
         rest = resumed(self._run, state_file, self.saver.identity)
         if self._shadows:
-            self._shadows.load_state_dict(rest["shadows"])
+            try:
+                self._shadows.load_state_dict(rest.get("shadows"))
+            except ValueError as error:
+                raise ValueError(f"resume: {state_file.name}: {error}") from error
         self.saver.continued(self._run)
 
     def warn_if_tight(self) -> None:
@@ -85,23 +89,25 @@ class RunFiles:
         """Save what there is, and say where, without hiding why the run stopped."""
         saver, run = self.saver, self._run
         if saver.has_saved(run.step):
-            return f"step {run.step} is saved in {saver.folder}; resume from its .state file"
+            return f"step {run.step} is saved in {saver.folder}; resume from the .state file there"
         try:
             path = saver.save_adapter(run)
         except NotWrittenError as error:
-            return f"saving failed: {error}. {self._what_is_left()}"
+            return f"saving failed ({error}); {self._what_is_left()}"
         try:
             saver.save_state(run)
         except (NotWrittenError, ValueError) as error:
-            return f"saved {path}, but no state to resume it from: {error}"
+            return f"saved {path}, but no state to resume it from ({error})"
         saver.prune(run)
         return f"saved {path}; resume from the .state file beside it"
 
     def _what_is_left(self) -> str:
         """Of a run that stopped where nothing could be saved."""
         step, spare = self.saver.last_saved, self._saved_elsewhere()
-        earlier = "nothing was saved before" if step is None else f"step {step} is the last saved"
-        return f"{earlier}, in {self.saver.folder}" + (f"; the LoRA is in {spare}" if spare else "")
+        kept = (
+            f"step {step} is the last saved, in {self.saver.folder}" if step else "nothing is saved"
+        )
+        return f"the LoRA of this step is in {spare}; {kept}" if spare else kept
 
     def save_finished(self) -> AdapterStateDict:
         """The finished adapter, and its file.
@@ -126,7 +132,7 @@ class RunFiles:
     def _saved_elsewhere(self) -> Path | None:
         """The adapter as it is in the first spare folder that takes it; None where none does."""
         for folder in self._spare_folders:
-            with contextlib.suppress(NotWrittenError):
+            with contextlib.suppress(OSError):
                 path = free_folder(folder, self._job.name) / self.saver.final.name
                 with self._run.optimization.averaged():
                     self._write(path, self.saver.metadata(self._run))

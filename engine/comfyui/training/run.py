@@ -18,6 +18,7 @@ from ...training.job import TrainingJob
 from ...training.logs import TrainingLogs, open_logs
 from ...training.loop import TrainingRun, TrainingStep
 from ...training.optimizer import Optimization
+from ...training.rehearsal import rehearse
 from ...training.saving import find_state, run_folder, saved
 from ...training.validation import Validator, validated
 from ..differentiable.compilation import Compiled, compiled, compiled_steps
@@ -64,6 +65,7 @@ def train_lora(job: TrainingJob, inputs: TrainingInputs, say: Callable[[str], No
         logger.warning(warning)
     estimate = _estimate(job, inputs, targets)
     refuse_if_too_large(estimate)
+    _rehearse(job, patcher, targets)
     state_file = find_state(inputs.loras, job.plan.output_name, job.checkpointing.resume)
     folder = run_folder(inputs.loras, job.plan.output_name, state_file)
     check_writable(folder, targets.parameters)
@@ -128,6 +130,15 @@ def _open_session(
     )
     stack.enter_context(compilation.savable_weights(denoiser.diffusion_model))
     return denoiser, compilation
+
+
+def _rehearse(job: TrainingJob, patcher: ModelPatcher, targets: TargetReport) -> None:
+    """Try the optimizer out while the model is not loaded yet, on one layer of each kind."""
+    layers = {target.shape.has_large_kernel: target for target in targets.selected}
+    with torch.inference_mode(False):
+        network = build_network(tuple(layers.values()), job.network, job.plan.seed)
+        groups = parameter_groups(network.to(patcher.load_device), job.plan.learning_rate)
+        rehearse(job.optimizer, groups, job.plan.steps)
 
 
 def _compute_dtype(job: TrainingJob, patcher: ModelPatcher) -> torch.dtype:

@@ -1,0 +1,1 @@
+"""`make faults`: real processes, killed in the middle of what they write."""

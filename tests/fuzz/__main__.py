@@ -1,0 +1,107 @@
+"""The long run: `python -m fuzz`, or `python -m fuzz <target> <number>` to see one input again."""
+
+import os
+import sys
+import time
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from tempfile import TemporaryDirectory, mkdtemp
+
+import conftest  # noqa: F401  makes the package importable
+from host.inprocess import import_comfyui
+
+from .harness import Tally, fuzz, input_of
+from .targets import FILES, TEXTS, Target
+
+PROCESSES = 2
+CHUNK = 2000
+FAILURES = Path(__file__).resolve().parents[2] / "fuzz_failures"
+
+
+def all_targets() -> tuple[Target, ...]:
+    if not import_comfyui():
+        print("no ComfyUI here: what it reads is left out")
+        return FILES + TEXTS
+    from .host_targets import HOST_FILES, HOST_TEXTS
+
+    return FILES + HOST_FILES + TEXTS + HOST_TEXTS
+
+
+def main(arguments: list[str]) -> int:
+    targets = {target.name: target for target in all_targets()}
+    if len(arguments) == 2:
+        return again(targets[arguments[0]], int(arguments[1]))
+    chosen = [targets[name] for name in arguments] or list(targets.values())
+    started = time.monotonic()
+    with TemporaryDirectory() as folder:
+        tallies = run(chosen, Path(folder))
+    print(table(tallies))
+    print(f"{time.monotonic() - started:.0f} s")
+    failures = [failure for tally in tallies.values() for failure in tally.failures]
+    for failure in failures:
+        path = saved(targets[failure.target], failure.number)
+        print(f"{failure.target} {failure.number}: {failure.kind}: {failure.detail} ({path})")
+    return min(len(failures), 1)
+
+
+def run(targets: list[Target], folder: Path) -> dict[str, Tally]:
+    """Every target's inputs, in chunks, PROCESSES at a time; the slow targets first."""
+    tallies = {target.name: Tally() for target in targets}
+    chunks = [
+        (target, range(start, min(start + CHUNK, target.long)))
+        for target in targets
+        for start in range(0, target.long, CHUNK)
+    ]
+    with ThreadPoolExecutor(PROCESSES) as pool:
+        for (target, _), tally in zip(
+            chunks, pool.map(lambda chunk: fuzz(*chunk, folder), chunks), strict=True
+        ):
+            whole = tallies[target.name]
+            whole.counts += tally.counts
+            whole.failures += tally.failures
+            whole.peak_bytes = max(whole.peak_bytes, tally.peak_bytes)
+            whole.slowest_seconds = max(whole.slowest_seconds, tally.slowest_seconds)
+            print(f"\r{sum(sum(t.counts.values()) for t in tallies.values())} inputs", end="")
+    print("\r", end="")
+    return tallies
+
+
+def table(tallies: dict[str, Tally]) -> str:
+    heads = "inputs refused accepted crashes raw hangs memory MiB s".split()
+    rows = [f"{'target':20}" + "".join(f"{head:>10}" for head in heads)]
+    total = Tally()
+    for name, tally in [*tallies.items(), ("all", total)]:
+        counts = tally.counts
+        figures = (sum(counts.values()), counts["refused"], counts["read"], counts["crash"])
+        figures += (counts["raw"] + counts["sentence"], counts["hang"], counts["memory"])
+        row = "".join(f"{figure:10}" for figure in figures)
+        rows.append(f"{name:20}{row}{tally.peak_bytes >> 20:10}{tally.slowest_seconds:10.2f}")
+        total.counts += counts
+        total.peak_bytes = max(total.peak_bytes, tally.peak_bytes)
+        total.slowest_seconds = max(total.slowest_seconds, tally.slowest_seconds)
+    return "\n".join(rows)
+
+
+def saved(target: Target, number: int) -> Path:
+    """The input, kept to be looked at."""
+    FAILURES.mkdir(exist_ok=True)
+    path = FAILURES / f"{target.name}-{number}"
+    given = input_of(target, number)
+    path.write_bytes(given if isinstance(given, bytes) else given.encode("utf-8", "surrogatepass"))
+    return path
+
+
+def again(target: Target, number: int) -> int:
+    """One input in this process, with all that it raises."""
+    print(saved(target, number))
+    try:
+        print(target.read(input_of(target, number), Path(mkdtemp())))
+    except Exception:
+        traceback.print_exc()
+    return 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    sys.exit(main(sys.argv[1:]))
