@@ -8,9 +8,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from ..document import object_from
 from ..reading import MAX_JSON_BYTES, damage_named, open_regular, parse_json
 from .curve import falls
-from .document import object_from
 
 FORMAT = "braid.magcache/1"
 DEEPEST = 8
