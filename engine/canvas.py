@@ -1,4 +1,6 @@
-"""Figures as pixels. matplotlib is imported when the first one is drawn.
+"""Figures as pixels: each feature draws its own in its figure.py, by draw_... functions.
+
+matplotlib is imported when the first one is drawn.
 
 That import takes longer than all the rest of the pack, and writes matplotlib's list of the fonts
 that it found into the user's cache folder: neither belongs into ComfyUI's start.
@@ -16,6 +18,9 @@ from torch import Tensor
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+Pixels = NDArray[np.uint8]
+"""RGB (H, W, 3)."""
+
 
 def new_figure(width: float, height: float, *, dpi: int, paper: str, **options: Any) -> Figure:
     """An empty figure of width x height inches on a ground of that colour; not pyplot's."""
@@ -24,13 +29,13 @@ def new_figure(width: float, height: float, *, dpi: int, paper: str, **options: 
     return Figure(figsize=(width, height), dpi=dpi, facecolor=paper, **options)
 
 
-def as_image(pixels: NDArray[np.uint8]) -> Tensor:
-    """RGB (H, W, 3) as ComfyUI's IMAGE, float32 (1, H, W, 3) in [0, 1]."""
+def as_image(pixels: Pixels) -> Tensor:
+    """A picture as ComfyUI's IMAGE, float32 (1, H, W, 3) in [0, 1]."""
     return torch.from_numpy(pixels).float().div_(255)[None]
 
 
-def pixels_of(figure: Figure) -> NDArray[np.uint8]:
-    """The drawn figure, RGB (H, W, 3)."""
+def pixels_of(figure: Figure) -> Pixels:
+    """The figure, drawn."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = FigureCanvasAgg(figure)

@@ -6,6 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..engine.canvas import as_image
 from ..engine.checkpoints import Checkpoints
 from ..engine.comfyui.progress import completed
 from ..engine.ema.average import (
@@ -140,7 +141,7 @@ class BraidPostHocEma(io.ComfyNode):
         average = completed(averaged(plan, space, path))
         return io.NodeOutput(
             average.lora,
-            draw_weights(plan),
+            as_image(draw_weights(plan)),
             report_json(average.report),
             str(path or ""),
             ui={"braid_live": [chart_json(plan)]},
@@ -187,7 +188,7 @@ class BraidEmaReconstruct(io.ComfyNode):
         reconstruction = plan_reconstruction(checkpoints, sigma_rel)
         path = _next_path(filename_prefix)
         lora = completed(reconstructed(checkpoints, reconstruction, path))
-        image = draw_reconstruction(reconstruction)
+        image = as_image(draw_reconstruction(reconstruction))
         report = report_json(reconstruction.report() | {"path": str(path or "")})
         return io.NodeOutput(lora, report, image, ui=shown_picture(image, cls))
 

@@ -9,7 +9,7 @@ from comfy_api.latest import io, ui
 from ..engine.canvas import as_image
 from ..engine.comfyui.fp8.loader import Fp8Request, load_fp8
 from ..engine.comfyui.fp8.save import save_fp8
-from ..engine.fp8.chart import error_chart
+from ..engine.fp8.figure import draw_errors
 from ..engine.fp8.policy import Fp8Policy, LayerPatterns
 from ..engine.fp8.report import Fp8Report
 from ..engine.patterns import parse_patterns
@@ -205,7 +205,7 @@ class BraidSaveFp8(io.ComfyNode):
 def _chart(report: Fp8Report) -> ui.PreviewImage | None:
     if not report.measured:
         return None
-    return shown_picture(as_image(error_chart(report)), BraidFp8Loader)
+    return shown_picture(as_image(draw_errors(report)), BraidFp8Loader)
 
 
 def _model_file(unet_name: str) -> Path:

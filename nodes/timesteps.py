@@ -8,7 +8,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..engine.timesteps.figure import draw_figure, subtitle, title
+from ..engine.canvas import as_image
+from ..engine.timesteps.figure import draw_preview, subtitle, title
 from ..engine.timesteps.preview import (
     MAX_BINS,
     MAX_PIXELS,
@@ -220,7 +221,7 @@ class BraidTimestepPreview(io.ComfyNode):
         chart = chart_json(preview, run)
         statistics = preview.statistics | ({"run": chart["run"]} if run else {})
         return io.NodeOutput(
-            draw_figure(preview, run),
+            as_image(draw_preview(preview, run)),
             preview.counts.tolist(),
             json.dumps(statistics, indent=1),
             ui={"braid_live": [chart]},

@@ -105,6 +105,16 @@ def test_matplotlib_is_not_imported_while_comfyui_starts(path):
     assert "matplotlib" not in {name.split(".")[0] for name in names}, f"{path}: see canvas.py"
 
 
+def test_every_figure_is_drawn_in_a_figure_py_and_comes_as_pixels():
+    drawing = {p for p in SOURCES if "new_figure(" in p.read_text() and p.name != "canvas.py"}
+    figures = {path for path in SOURCES if path.name == "figure.py"}
+    assert drawing == figures, "new_figure belongs into a feature's figure.py"
+    for path in figures:
+        functions = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.FunctionDef)]
+        drawn = {n.name: n.returns for n in functions if n.name.startswith("draw_")}
+        assert drawn and {r and ast.unparse(r) for r in drawn.values()} == {"Pixels"}, path
+
+
 def test_only_one_file_makes_a_path_to_write_from_what_was_typed():
     makers = {"get_save_image_path", "get_output_directory"}
     found = [p.name for p in SOURCES if any(name in p.read_text() for name in makers)]

@@ -12,6 +12,8 @@ import comfy.model_management
 import comfy.utils
 from PIL import Image
 
+from ..canvas import Pixels
+
 Step = TypeVar("Step")
 Result = TypeVar("Result")
 
@@ -19,7 +21,7 @@ Result = TypeVar("Result")
 def reported(
     steps: Iterable[Step],
     total: int,
-    picture: Callable[[Step], Image.Image | None] | None = None,
+    picture: Callable[[Step], Pixels | None] | None = None,
     picture_every_s: float = 1.0,
 ) -> Iterator[Step]:
     """Yield every step, then show it as done; `total` is the number of steps expected.
@@ -65,6 +67,6 @@ def completed(steps: Generator[tuple[int, int], None, Result]) -> Result:
         steps.close()
 
 
-def _preview(image: Image.Image | None) -> tuple[str, Image.Image, None] | None:
+def _preview(pixels: Pixels | None) -> tuple[str, Image.Image, None] | None:
     """The form the host's progress hook takes: (format, image, no size limit)."""
-    return None if image is None else ("PNG", image.convert("RGB"), None)
+    return None if pixels is None else ("PNG", Image.fromarray(pixels), None)

@@ -1,4 +1,4 @@
-"""Pictures of averages over training time, as image tensors."""
+"""Pictures of averages over training time."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from torch import Tensor
 
-from ..canvas import as_image, new_figure, pixels_of
+from ..canvas import Pixels, new_figure, pixels_of
 from .average import AveragePlan
 from .profile import Floats, centre_of_mass, gamma_from_sigma_rel, power_profile
 from .reconstruction import Reconstruction
@@ -78,8 +77,8 @@ def ideal_curve(plan: AveragePlan, points: int = CURVE_POINTS) -> tuple[Floats, 
     return time, power_profile(time, end, gamma_from_sigma_rel(sigma_rel))
 
 
-def draw_weights(plan: AveragePlan) -> Tensor:
-    """Weight of each checkpoint over training time, the ideal profile behind it; (1, H, W, 3).
+def draw_weights(plan: AveragePlan) -> Pixels:
+    """Weight of each checkpoint over training time, the ideal profile behind it.
 
     Bars are densities, so that their areas are the weights and compare with the profile.
     """
@@ -119,11 +118,11 @@ def draw_weights(plan: AveragePlan) -> Tensor:
     asked = "" if sigma_rel is None else f", requested {sigma_rel:.3f}"
     axes.set_title(f"{len(times)} checkpoints, {achieved}{asked}", color=INK, loc="left")
     _finish(axes, plan.order.unit, times[-1], f"weight per {plan.order.unit.removesuffix('s')}")
-    return as_image(pixels_of(figure))
+    return pixels_of(figure)
 
 
-def draw_reconstruction(reconstruction: Reconstruction) -> Tensor:
-    """Requested profile, the one that the shadows give, and the shadows; (1, H, W, 3)."""
+def draw_reconstruction(reconstruction: Reconstruction) -> Pixels:
+    """Requested profile, the one that the shadows give, and the shadows."""
     figure, axes = _canvas()
     end = float(reconstruction.end)
     time = np.linspace(0, end, CURVE_POINTS)
@@ -149,7 +148,7 @@ def draw_reconstruction(reconstruction: Reconstruction) -> Tensor:
         fontsize=10,
     )
     _finish(axes, "steps", end, "weight per step")
-    return as_image(pixels_of(figure))
+    return pixels_of(figure)
 
 
 def _draw_profile(axes: Axes, plan: AveragePlan, tallest: float) -> None:

@@ -5,8 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .plan import Conditions, Curve, MagCachePlan, averaged
+from .clock import StepClock
+from .plan import POSITIVE, Conditions, Curve, MagCachePlan, averaged
+from .residuals import ConditioningNames
 
+GUIDED = "guided prediction"
+"""What a guider makes of a step's conditionings; recorded beside them."""
 SKETCH_ELEMENTS = 1 << 18
 """Elements of the fixed random sample that inner products are taken on; 0.2 % relative error."""
 
@@ -83,41 +87,6 @@ class ResidualRecorder:
         return tuple(tuple(row[: index + 1]) for index, row in enumerate(products))
 
 
-def average_plans(plans: Sequence[MagCachePlan]) -> MagCachePlan:
-    """The mean of calibrations that were measured under the same steps and conditionings.
-
-    ValueError when their steps or conditionings differ; the other conditions are the last one's.
-    """
-    last = plans[-1]
-    if len(plans) == 1:
-        return last
-    labels = {tuple(curve.label for curve in plan.curves) for plan in plans}
-    if len(labels) > 1 or len({plan.conditions.sigmas for plan in plans}) > 1:
-        raise ValueError("calibrations of different steps or conditionings cannot be averaged")
-    return MagCachePlan(
-        name=last.name,
-        conditions=last.conditions,
-        curves=tuple(
-            _average_curve(curves) for curves in zip(*(p.curves for p in plans), strict=True)
-        ),
-        inner_products=tuple(
-            averaged(rows) for rows in zip(*(p.inner_products for p in plans), strict=True)
-        ),
-        sections=tuple(plan.curves[0].ratios for plan in plans),
-        source=f"{last.source}, mean of {len(plans)} runs",
-        note=last.note,
-    )
-
-
-def _average_curve(curves: Sequence[Curve]) -> Curve:
-    return Curve(
-        label=curves[0].label,
-        ratios=averaged([curve.ratios for curve in curves]),
-        spread=averaged([curve.spread for curve in curves]),
-        cosine_distance=averaged([curve.cosine_distance for curve in curves]),
-    )
-
-
 def calibrated_plan(
     name: str,
     conditions: Conditions,
@@ -138,4 +107,83 @@ def calibrated_plan(
         curves=tuple(recorder.curve() for recorder in recorders),
         inner_products=tuple(averaged(rows) for rows in zip(*triangles, strict=True)),
         source=source,
+    )
+
+
+class Measurement:
+    """One run while it is being measured."""
+
+    def __init__(self, conditions: Conditions, clock: StepClock) -> None:
+        self.clock = clock
+        self.active = False
+        """True in the first call at a step's own noise level, which alone is measured."""
+        self.names = ConditioningNames()
+        self._conditions = conditions
+        self._last = -1
+        self._recorders: dict[str, ResidualRecorder] = {}
+
+    def tick(self, timestep: Tensor) -> None:
+        """A new call of the guider begins."""
+        self.clock.tick(timestep)
+        at = self.clock
+        self.active = at.on_schedule and at.step > self._last and at.sigma > 0
+        self._last = at.step if self.active else self._last
+
+    def add(self, label: str, residual: Tensor, channel_dim: int) -> None:
+        """Record the residual of `label` at this step."""
+        if label not in self._recorders:
+            self._recorders[label] = ResidualRecorder(label, channel_dim)
+        self._recorders[label].add(residual)
+
+    def plan(self) -> MagCachePlan:
+        """The finished plan; ValueError when not every step could be measured."""
+        conditions = self._conditions
+        steps = conditions.steps
+        whole = {label: r for label, r in self._recorders.items() if r.steps == steps}
+        guided = whole.pop(GUIDED, None)
+        if guided is None or not whole:
+            raise ValueError(
+                f"MagCache calibration: {conditions.sampler} did not call the model at all of "
+                f"its {steps} noise levels; calibrate with euler, and use the plan with any sampler"
+            )
+        recorders = sorted(whole.values(), key=lambda r: not r.label.startswith(POSITIVE))
+        return calibrated_plan(
+            name=f"{conditions.model} calibrated at {steps} steps",
+            conditions=conditions,
+            recorders=recorders,
+            cached=recorders if conditions.measure == "blocks" else [guided],
+            source="measured by MagCache Calibrate",
+        )
+
+
+def average_of_alike(plans: Sequence[MagCachePlan]) -> MagCachePlan:
+    """The mean of those of `plans` that were measured as the last one was."""
+    last = plans[-1]
+    alike = [plan for plan in plans if _measured_alike(plan, last)]
+    if len(alike) == 1:
+        return last
+    return MagCachePlan(
+        name=last.name,
+        conditions=last.conditions,
+        curves=tuple(
+            _average_curve(curves) for curves in zip(*(p.curves for p in alike), strict=True)
+        ),
+        inner_products=tuple(
+            averaged(rows) for rows in zip(*(p.inner_products for p in alike), strict=True)
+        ),
+        source=f"{last.source}, mean of {len(alike)} runs",
+    )
+
+
+def _measured_alike(one: MagCachePlan, other: MagCachePlan) -> bool:
+    labels = [[curve.label for curve in plan.curves] for plan in (one, other)]
+    return one.conditions == other.conditions and labels[0] == labels[1]
+
+
+def _average_curve(curves: Sequence[Curve]) -> Curve:
+    return Curve(
+        label=curves[0].label,
+        ratios=averaged([curve.ratios for curve in curves]),
+        spread=averaged([curve.spread for curve in curves]),
+        cosine_distance=averaged([curve.cosine_distance for curve in curves]),
     )

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ..canvas import new_figure, pixels_of
+from ..canvas import Pixels, new_figure, pixels_of
 from .plan import MagCachePlan
 from .schedule import Schedule
 
@@ -43,8 +42,8 @@ def _legend(axes: Axes) -> None:
     axes.legend(fontsize=8, facecolor=PANEL, edgecolor=FAINT, labelcolor=INK, loc="best")
 
 
-def calibration_picture(plan: MagCachePlan) -> NDArray[np.uint8]:
-    """(H, W, 3) ratio with its spread, and cosine distance, one curve per conditioning."""
+def draw_calibration(plan: MagCachePlan) -> Pixels:
+    """Ratio with its spread, and cosine distance, one curve per conditioning."""
     has_cosine = any(curve.cosine_distance for curve in plan.curves)
     figure = _figure(7.4, 5.4 if has_cosine else 3.4)
     rows = figure.subplots(2 if has_cosine else 1, 1, sharex=True, squeeze=False)[:, 0]
@@ -110,8 +109,8 @@ def _looks(count: int) -> list[dict[str, Any]]:
     ]
 
 
-def schedule_picture(schedule: Schedule, title: str) -> NDArray[np.uint8]:
-    """(H, W, 3) a strip of computed and skipped steps over the error gathered on them."""
+def draw_schedule(schedule: Schedule, title: str) -> Pixels:
+    """A strip of computed and skipped steps over the error gathered on them."""
     figure = _figure(7.4, 3.6)
     strip, errors = figure.subplots(2, 1, sharex=True, height_ratios=(1, 3))
     _draw_strip(strip, schedule)

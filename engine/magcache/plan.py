@@ -8,9 +8,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from ..document import object_from
 from ..reading import MAX_JSON_BYTES, damage_named, open_regular, parse_json
 from .curve import falls
-from .document import object_from
 
 FORMAT = "braid.magcache/1"
 DEEPEST = 8
@@ -94,15 +94,6 @@ class Curve:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Recommended:
-    """Settings of the paper's rule that a list was published with."""
-
-    threshold: float
-    retention_ratio: float
-    k: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class MagCachePlan:
     """Everything measured about a model's residuals, from which any run's skipping is decided."""
 
@@ -114,13 +105,8 @@ class MagCachePlan:
     inner_products: tuple[tuple[float, ...], ...] = ()
     """Lower triangle of <r_i, r_j> / elements between the steps' cached quantities; the `planned`
     rule reads every prediction error from it. Empty for published lists."""
-    sections: tuple[tuple[float, ...], ...] = ()
-    """Ratios of the first conditioning of each run that was averaged (sections of a long video)."""
-    recommended: Recommended | None = None
     source: str = ""
     """Where the numbers come from."""
-    note: str = ""
-    """What to know before using them."""
 
     def __post_init__(self) -> None:
         if not self.curves:
@@ -201,7 +187,6 @@ def plan_from_ratios(text: str) -> MagCachePlan:
         name="mag_ratios",
         conditions=Conditions(steps=len(ratios)),
         curves=(Curve(label=POSITIVE, ratios=ratios),),
-        sections=tuple(sections) if len(sections) > 1 else (),
         source="typed by hand",
     )
 

@@ -1,16 +1,49 @@
-"""The residuals of one run: at most two per conditioning, born and dropped with the run."""
+"""The residuals of one run: at most two per evaluation, born and dropped with the run."""
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .clock import same_level
 
-Key = Hashable
-"""Which evaluation a residual belongs to: conditioning, its frames, shape, dtype and device, and
-how often it came in one call. A residual is only ever added to a tensor of the same key."""
+
+class Evaluation(NamedTuple):
+    """Which evaluation of the model a residual belongs to.
+
+    A residual is only ever added to a tensor of the same evaluation.
+    """
+
+    conditioning: int
+    """Which of the guider's lists it is from: 0 positive, 1 negative."""
+    uuid: Hashable
+    """Which conditioning of that list."""
+    frames: tuple[int, ...]
+    """Frames of its context window; empty without one."""
+    tensor: Hashable
+    """Size of its batch, shape, dtype and device of its latents."""
+    turn: int
+    """How often it came by now within one call of the guider."""
+
+
+class ConditioningNames:
+    """Names for conditionings in the order they appear: positive, negative, positive 2 …"""
+
+    def __init__(self) -> None:
+        self._names: dict[Evaluation, str] = {}
+        self._used: dict[str, int] = {}
+
+    def name(self, evaluation: Evaluation) -> str:
+        """The name of what is evaluated."""
+        if evaluation not in self._names:
+            index = evaluation.conditioning
+            kind = ("positive", "negative")[index] if index < 2 else f"conditioning {index + 1}"
+            self._used[kind] = self._used.get(kind, 0) + 1
+            number = self._used[kind]
+            self._names[evaluation] = kind if number == 1 else f"{kind} {number}"
+        return self._names[evaluation]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,13 +57,13 @@ class Entry:
 
 
 class ResidualCache:
-    """The last one or two computed residuals of every conditioning."""
+    """The last one or two computed residuals of every evaluation."""
 
     def __init__(self, extrapolate: bool) -> None:
         self._keep = 2 if extrapolate else 1
-        self._entries: dict[Key, tuple[Entry, ...]] = {}
+        self._entries: dict[Hashable, tuple[Entry, ...]] = {}
 
-    def store(self, key: Key, step: int, sigma: float, residual: Tensor) -> None:
+    def store(self, key: Hashable, step: int, sigma: float, residual: Tensor) -> None:
         """Remember `residual`; one stored at the same noise level is replaced.
 
         Two-calls-a-step samplers come to a level twice, with a rounding between: a line through
@@ -40,15 +73,15 @@ class ResidualCache:
         kept = (*older, Entry(step, sigma, residual))
         self._entries[key] = kept[-self._keep :]
 
-    def drop(self, key: Key) -> None:
+    def drop(self, key: Hashable) -> None:
         """Forget a conditioning, because what it computes has changed."""
         self._entries.pop(key, None)
 
-    def holds(self, key: Key, step: int) -> bool:
+    def holds(self, key: Hashable, step: int) -> bool:
         """True when there is a residual of `step`, or of a later one."""
         return key in self._entries and self._entries[key][-1].step >= step
 
-    def line(self, key: Key, sigma: float) -> tuple[Entry, Entry | None, float]:
+    def line(self, key: Hashable, sigma: float) -> tuple[Entry, Entry | None, float]:
         """(newest, the one before or None, w): r(sigma) = newest + w (newest - before)."""
         entries = self._entries[key]
         newest = entries[-1]
@@ -89,7 +122,7 @@ def slices(batch: int, conditionings: int) -> list[slice]:
 
 
 def predicted_denoised(
-    cache: ResidualCache, keys: Sequence[Key], x: Tensor, sigma: float
+    cache: ResidualCache, keys: Sequence[Hashable], x: Tensor, sigma: float
 ) -> Tensor:
     """The denoised latent of a skipped call, for every conditioning of the batch `x`."""
     out = torch.empty_like(x)
@@ -97,4 +130,15 @@ def predicted_denoised(
         newest, before, w = cache.line(key, sigma)
         older = before.residual if before else None
         denoised_on_line(x[part], sigma, newest.residual, older, w, out[part])
+    return out
+
+
+def predicted_residual(
+    cache: ResidualCache, keys: Sequence[Hashable], hidden: Tensor, sigma: float
+) -> Tensor:
+    """The residual of a skipped block stack, for every conditioning of `hidden` (B, L, D)."""
+    out = torch.empty_like(hidden)
+    for key, part in zip(keys, slices(hidden.shape[0], len(keys)), strict=True):
+        newest, before, w = cache.line(key, sigma)
+        residual_on_line(newest.residual, before.residual if before else None, w, out[part])
     return out

@@ -1,8 +1,10 @@
-"""The paper's rule: which steps of a run may reuse the residual of the last computed one."""
+"""What a cache is told: the rule that decides which steps are skipped, and where it may."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+from .plan import MagCachePlan
 
 MAX_PLANNED_K = 32
 """Most steps in a row that the planned rule weighs; what it takes grows with the square of it."""
@@ -79,6 +81,31 @@ class PlannedRule:
 
 
 Rule = MagCacheRule | PlannedRule
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MagCacheSettings:
+    """Everything that a MagCache node is told."""
+
+    plan: MagCachePlan
+    """What is known of the model's residuals."""
+    rule: Rule
+    """How the steps to skip are chosen."""
+    measure: str = "latent"
+    """`latent` (the whole model's output) or `blocks` (the residual of the block stack)."""
+    start_percent: float = 0.0
+    """Steps before this part of the sampling process are computed."""
+    end_percent: float = 1.0
+    """Steps after this part of the sampling process are computed."""
+
+    def __post_init__(self) -> None:
+        if self.measure not in ("latent", "blocks"):
+            raise ValueError(f"measure: got {self.measure!r}, allowed are latent and blocks")
+        if not 0 <= self.start_percent <= self.end_percent <= 1:
+            raise ValueError(
+                f"start_percent {self.start_percent} and end_percent {self.end_percent}: "
+                "allowed is 0 <= start <= end <= 1"
+            )
 
 
 def accumulated_errors(

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -72,6 +73,21 @@ class Schedule:
         """Steps over computed steps."""
         return self.steps / max(self.computed, 1)
 
+    def to_dict(self) -> dict[str, Any]:
+        """The schedule as the plan node's JSON and the live strip's numbers."""
+        return {
+            "steps": self.steps,
+            "skipped": list(self.skipped),
+            "computed": self.computed,
+            "speedup": round(self.speedup, 4),
+            "error": self.error,
+            "predicted_rms": self.predicted_rms,
+            "accumulated": [round(value, 8) for value in self.accumulated],
+            "sigmas": [round(sigma, 6) for sigma in self.sigmas],
+            "predict": "extrapolate" if self.extrapolate else "reuse",
+            "warnings": list(self.warnings),
+        }
+
 
 def predicted_from(steps: int, skipped: Sequence[int]) -> dict[int, int]:
     """Each skipped step -> the computed step before it."""
@@ -106,8 +122,7 @@ def plan_schedule(
     if isinstance(rule, PlannedRule) and not plan.calibrated:
         raise ValueError(
             f"rule 'planned' needs a calibration, and {plan.name!r} is a list of ratios: run "
-            "MagCache "
-            "Calibrate once and connect its plan, or choose rule 'magcache'"
+            "MagCache Calibrate once and connect its plan, or choose rule 'magcache'"
         )
     if rule.off or steps < 2 or not any(allowed):
         return _nothing_skipped(sigmas, warnings)

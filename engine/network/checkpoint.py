@@ -1,6 +1,5 @@
 """Adapter files: a network's weights out and in, with metadata, checked after writing."""
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,13 +12,10 @@ from ..files import mapped_tensors, write_safetensors
 from ..hashes import sshs_hashes
 from ..reading import damage_named
 from ..writing import NotWrittenError
-from .adapters import ADAPTERS
 from .architectures import Architecture
 from .attach import Network
 from .keys import AdapterWeights, KeyFormat, decoded, encoded
 from .layers import LayerShape
-from .spec import NetworkSpec
-from .weights import check_factors, delta_shape
 
 SAVE_PRECISIONS: dict[str, torch.dtype | None] = {
     "keep": None,
@@ -68,33 +64,6 @@ def read_adapter(
         return decoded(source, layers, architecture)
     with damage_named(source):
         return decoded(mapped_tensors(source), layers, architecture)
-
-
-def network_from(
-    weights: Mapping[str, AdapterWeights], layers: Mapping[str, LayerShape], spec: NetworkSpec
-) -> Network:
-    """A network that holds copies of `weights` in float32; `spec` gives dropouts and LoRA+.
-
-    The rank and alpha of each layer are those of the weights.
-    """
-    if not weights:
-        raise ValueError("the file adapts no layer")
-    adapters = {}
-    for name, layer in weights.items():
-        _check_fits(name, layer, layers[name])
-        adapters[name] = ADAPTERS[layer.kind](
-            layers[name],
-            {key: _fitted(key, tensor, layers[name]) for key, tensor in layer.tensors.items()},
-            alpha=layer.alpha,
-            rank=layer.rank,
-            neuron_dropout=spec.neuron_dropout,
-            rank_dropout=spec.rank_dropout,
-            module_dropout=spec.module_dropout,
-        )
-    first = next(iter(weights.values()))
-    return Network(
-        adapters, dataclasses.replace(spec, kind=first.kind, rank=first.rank, alpha=first.alpha)
-    )
 
 
 def load_weights(network: Network, weights: Mapping[str, AdapterWeights]) -> None:
@@ -158,23 +127,6 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
-
-
-def _fitted(key: str, tensor: Tensor, shape: LayerShape) -> Tensor:
-    """A float32 copy of one parameter, with the kernel that some files leave out."""
-    rows_and_columns = {
-        "down": (-1, shape.in_features, *shape.kernel),
-        "up": (shape.out_features, -1, *(1,) * len(shape.kernel)),
-    }
-    wanted = rows_and_columns.get(key, (tensor.shape[0], -1))
-    return tensor.detach().to(torch.float32, copy=True).reshape(wanted)
-
-
-def _check_fits(name: str, weights: AdapterWeights, shape: LayerShape) -> None:
-    check_factors(name, weights.kind, weights.tensors)
-    if delta_shape(weights.kind, weights.tensors) != (shape.out_features, shape.fan_in):
-        given = _shapes({key: tensor.shape for key, tensor in weights.tensors.items()})
-        raise ValueError(f"the {weights.kind} of {name} ({given}) does not fit {shape}")
 
 
 def _shapes(shapes: Mapping[str, tuple[int, ...]]) -> str:

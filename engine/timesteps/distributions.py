@@ -1,8 +1,8 @@
-"""Laws of the noise level t in [0, 1] (1 = pure noise), each with quantile, CDF and density.
+"""Distributions of the noise level t in [0, 1] (1 = pure noise): quantile, CDF and density.
 
-Everything musubi-tuner can draw is a uniform law, the logit-normal or the mode law of SD3 (Esser et
-al. 2024, arXiv:2403.03206, section 3.1) or a mixture of them, squeezed into a range or truncated to
-it. All maths is vectorised float64.
+Everything musubi-tuner can draw is uniform, the logit-normal or the mode distribution of SD3 (Esser
+et al. 2024, arXiv:2403.03206, section 3.1) or a mixture of them, squeezed into a range or truncated
+to it. All maths is vectorised float64.
 """
 
 import math
@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 SMALLEST_MASS = 1e-6
-"""A range that holds less of a law than this cannot be trained on by truncation."""
+"""A range that holds less of a distribution than this cannot be trained on by truncation."""
 
 MODE_SCALE_MIN = -1.0
 MODE_SCALE_MAX = 1.75
-"""SD3's mode law is monotone for -1 <= s <= 2 / (pi - 2) = 1.7519."""
+"""SD3's mode distribution is monotone for -1 <= s <= 2 / (pi - 2) = 1.7519."""
 
 _INV_SQRT_2PI = 1.0 / math.sqrt(2.0 * math.pi)
 LARGEST_BELOW_ONE = 1.0 - 2.0**-53
@@ -25,11 +25,11 @@ _BISECTIONS = 54
 
 
 class Distribution(ABC):
-    """One law of t. Tensors are float64 of any shape and keep their shape."""
+    """A distribution of t. Tensors are float64 of any shape and keep their shape."""
 
     @abstractmethod
     def from_uniform(self, u: Tensor) -> Tensor:
-        """Map u in [0, 1] to t, so that uniform u gives t this law."""
+        """Map u in [0, 1] to t, so that uniform u gives t this distribution."""
 
     @abstractmethod
     def cdf(self, t: Tensor) -> Tensor:
@@ -80,8 +80,8 @@ class LogitNormal(Distribution):
 
 
 @dataclass(frozen=True, slots=True)
-class ModeLaw(Distribution):
-    """SD3's mode law: t = u + s (cos^2(pi u / 2) - 1 + u); s > 0 favours the middle."""
+class ModeDistribution(Distribution):
+    """SD3's mode distribution: t = u + s (cos^2(pi u / 2) - 1 + u); s > 0 favours the middle."""
 
     scale: float
 
@@ -104,107 +104,107 @@ class ModeLaw(Distribution):
 
 @dataclass(frozen=True, slots=True)
 class Mixture(Distribution):
-    """Laws by share. One u serves all: it is split at the shares' edges, so that evenly spread
-    u keep both the shares and every law inside them evenly spread."""
+    """Distributions by share. One u serves all: it is split at the shares' edges, so that evenly
+    spread u keep both the shares and every part inside them evenly spread."""
 
     shares: tuple[float, ...]
     """Sum to 1, each above 0."""
-    laws: tuple[Distribution, ...]
+    parts: tuple[Distribution, ...]
 
     def from_uniform(self, u: Tensor) -> Tensor:
         t, edge = torch.empty_like(u), 0.0
-        for share, law in zip(self.shares, self.laws, strict=True):
-            own = law.from_uniform(((u - edge) / share).clamp(0.0, 1.0))
+        for share, part in zip(self.shares, self.parts, strict=True):
+            own = part.from_uniform(((u - edge) / share).clamp(0.0, 1.0))
             t = own if edge == 0.0 else torch.where(u >= edge, own, t)
             edge += share
         return t
 
     def cdf(self, t: Tensor) -> Tensor:
-        return sum(s * law.cdf(t) for s, law in zip(self.shares, self.laws, strict=True))
+        return sum(s * part.cdf(t) for s, part in zip(self.shares, self.parts, strict=True))
 
     def density(self, t: Tensor) -> Tensor:
-        return sum(s * law.density(t) for s, law in zip(self.shares, self.laws, strict=True))
+        return sum(s * part.density(t) for s, part in zip(self.shares, self.parts, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
 class Squeezed(Distribution):
-    """The whole shape of `law` scaled from [0, 1] into [low, high]."""
+    """`whole` with its shape, scaled from [0, 1] into [low, high]."""
 
-    law: Distribution
+    whole: Distribution
     low: float
     high: float
 
     def from_uniform(self, u: Tensor) -> Tensor:
-        return self.low + (self.high - self.low) * self.law.from_uniform(u)
+        return self.low + (self.high - self.low) * self.whole.from_uniform(u)
 
     def _unsqueezed(self, t: Tensor) -> Tensor:
         return (t - self.low) / (self.high - self.low)
 
     def cdf(self, t: Tensor) -> Tensor:
-        return self.law.cdf(self._unsqueezed(t).clamp(0.0, 1.0))
+        return self.whole.cdf(self._unsqueezed(t).clamp(0.0, 1.0))
 
     def density(self, t: Tensor) -> Tensor:
         inside = (t >= self.low) & (t <= self.high)
-        squeezed = self.law.density(self._unsqueezed(t).clamp(0.0, 1.0)) / (self.high - self.low)
+        squeezed = self.whole.density(self._unsqueezed(t).clamp(0.0, 1.0)) / (self.high - self.low)
         return torch.where(inside, squeezed, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Truncated(Distribution):
-    """`law` on condition of [low, high], exactly: u runs through the CDF interval."""
+    """`whole` on condition of [low, high], exactly: u runs through the CDF interval."""
 
-    law: Distribution
+    whole: Distribution
     low: float
     high: float
     below: float
-    """P(T < low) under `law`."""
+    """P(T < low) under `whole`."""
     inside: float
-    """P(low <= T <= high) under `law`."""
+    """P(low <= T <= high) under `whole`."""
 
     def from_uniform(self, u: Tensor) -> Tensor:
-        t = self.law.from_uniform((self.below + self.inside * u).clamp(0.0, 1.0))
+        t = self.whole.from_uniform((self.below + self.inside * u).clamp(0.0, 1.0))
         return t.clamp(self.low, self.high)
 
     def cdf(self, t: Tensor) -> Tensor:
-        return (self.law.cdf(t.clamp(self.low, self.high)) - self.below) / self.inside
+        return (self.whole.cdf(t.clamp(self.low, self.high)) - self.below) / self.inside
 
     def density(self, t: Tensor) -> Tensor:
         inside = (t >= self.low) & (t <= self.high)
-        return torch.where(inside, self.law.density(t) / self.inside, 0.0)
+        return torch.where(inside, self.whole.density(t) / self.inside, 0.0)
 
 
-def mixture(shares: tuple[float, ...], laws: tuple[Distribution, ...]) -> Distribution:
-    """The mixture by relative shares; a law without a share is left out."""
+def mixture(shares: tuple[float, ...], parts: tuple[Distribution, ...]) -> Distribution:
+    """The mixture by relative shares; a part without a share is left out."""
     total = sum(shares)
-    kept = [(share / total, law) for share, law in zip(shares, laws, strict=True) if share > 0.0]
+    kept = [(share / total, part) for share, part in zip(shares, parts, strict=True) if share > 0.0]
     if len(kept) == 1:
         return kept[0][1]
-    return Mixture(tuple(share for share, _ in kept), tuple(law for _, law in kept))
+    return Mixture(tuple(share for share, _ in kept), tuple(part for _, part in kept))
 
 
-def truncated(law: Distribution, low: float, high: float) -> Distribution:
-    """`law` on condition of [low, high]; ValueError when (almost) nothing of it lies there.
+def truncated(whole: Distribution, low: float, high: float) -> Distribution:
+    """`whole` on condition of [low, high]; ValueError when (almost) nothing of it lies there.
 
-    A truncated mixture is the mixture of the truncated laws, weighted by what is left of each.
+    A truncated mixture is the mixture of its truncated parts, weighted by what is left of each.
     """
-    mass = law.mass(low, high)
+    mass = whole.mass(low, high)
     if mass < SMALLEST_MASS:
         raise ValueError(
             f"min_timestep {1000 * low:g} to max_timestep {1000 * high:g} holds {mass:.2g} of this "
             f"distribution, and preserve_distribution_shape needs at least {SMALLEST_MASS:g}: "
             "widen the range, choose a mode that reaches it, or turn the option off"
         )
-    if isinstance(law, Mixture):
-        masses = [part.mass(low, high) for part in law.laws]
+    if isinstance(whole, Mixture):
+        masses = [part.mass(low, high) for part in whole.parts]
         left = [
-            (share * part_mass, _truncated_law(part, low, high, part_mass))
-            for share, part, part_mass in zip(law.shares, law.laws, masses, strict=True)
+            (share * part_mass, _truncated(part, low, high, part_mass))
+            for share, part, part_mass in zip(whole.shares, whole.parts, masses, strict=True)
             if share * part_mass > SMALLEST_MASS * mass
         ]
         return mixture(tuple(share for share, _ in left), tuple(part for _, part in left))
-    return _truncated_law(law, low, high, mass)
+    return _truncated(whole, low, high, mass)
 
 
-def _truncated_law(law: Distribution, low: float, high: float, mass: float) -> Truncated:
-    below = law.cdf(torch.tensor(low, dtype=torch.float64)).item()
-    return Truncated(law, low, high, below, mass)
+def _truncated(whole: Distribution, low: float, high: float, mass: float) -> Truncated:
+    below = whole.cdf(torch.tensor(low, dtype=torch.float64)).item()
+    return Truncated(whole, low, high, below, mass)

@@ -6,9 +6,8 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor
 
-from ..canvas import as_image, new_figure, pixels_of
+from ..canvas import Pixels, new_figure, pixels_of
 from .preview import DrawnRun, Preview
 
 if TYPE_CHECKING:
@@ -16,17 +15,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PAPER, INK, FAINT = "#fbfbfd", "#23283a", "#8a90a2"
-BARS, LAW, WEIGHTED, RUN = "#a9c4ee", "#1f4fa3", "#d9730d", "#0b8a6a"
+BARS, DENSITY, WEIGHTED, RUN = "#a9c4ee", "#1f4fa3", "#d9730d", "#0b8a6a"
 LOG_SNR_TICKS = (8, 6, 4, 2, 0, -2, -4, -6, -8)
 LOG_WEIGHT_FROM = 20.0
 """Ratio of loss weights above which their axis is logarithmic."""
 
 
-def draw_figure(preview: Preview, run: DrawnRun | None = None) -> Tensor:
-    """An RGB picture, float32 (1, H, W, 3) in [0, 1]."""
+def draw_preview(preview: Preview, run: DrawnRun | None = None) -> Pixels:
+    """What is drawn and how it is weighed, and beside it what a run made of it."""
     figure = new_figure(10.24, 8.2 if run else 6.4, dpi=125, paper=PAPER)
     _draw(figure, preview, run)
-    return as_image(pixels_of(figure))
+    return pixels_of(figure)
 
 
 def _draw(figure: Figure, preview: Preview, run: DrawnRun | None) -> None:
@@ -39,7 +38,7 @@ def _draw(figure: Figure, preview: Preview, run: DrawnRun | None) -> None:
     for axis in axes:
         _style(axis)
         _shade_outside(axis, preview)
-    _draw_law(axes[0], preview, run)
+    _draw_distribution(axes[0], preview, run)
     _draw_weight(axes[1], preview)
     if run:
         _draw_run_loss(axes[2], preview, run)
@@ -68,7 +67,7 @@ def _shade_outside(axis: Axes, preview: Preview) -> None:
             axis.axvspan(start, end, facecolor="#eceef4", edgecolor="none", zorder=0)
 
 
-def _draw_law(axis: Axes, preview: Preview, run: DrawnRun | None) -> None:
+def _draw_distribution(axis: Axes, preview: Preview, run: DrawnRun | None) -> None:
     edges, width = preview.edges.numpy(), 1.0 / preview.settings.bins
     drawn = preview.counts.numpy() / preview.counts.sum().item() / width
     tallest = drawn.max()
@@ -78,7 +77,7 @@ def _draw_law(axis: Axes, preview: Preview, run: DrawnRun | None) -> None:
     else:
         tallest = max(tallest, _draw_run_counts(axis, preview, run))
     t, density = preview.t.numpy(), preview.density.numpy()
-    axis.plot(t, density, color=LAW, linewidth=2.0, label="density")
+    axis.plot(t, density, color=DENSITY, linewidth=2.0, label="density")
     if preview.settings.sampling.loss_weight(preview.t).std() > 0:
         effective = preview.effective.numpy()
         label = "density × loss weight (area 1)"

@@ -24,7 +24,7 @@ class PreviewSettings:
     """What is drawn, and for which training image."""
 
     sampling: TimestepSampling
-    """The law."""
+    """The distribution that is shown."""
     width: int = 1024
     """Width of a training image in pixels."""
     height: int = 1024
@@ -81,11 +81,11 @@ class Preview:
 def measure_preview(settings: PreviewSettings) -> Preview:
     """Draw one epoch as a run would and measure it; ValueError as the run would raise it."""
     sampling = settings.sampling
-    law = sampling.distribution(*settings.cells)
+    distribution = sampling.distribution(*settings.cells)
     stream = TimestepStream(sampling, settings.samples, settings.seed)
     drawn = stream.draw(np.arange(settings.samples), *settings.cells)
     t = _curve_points(sampling.low, sampling.high)
-    density, weight = law.density(t), sampling.loss_weight(t)
+    density, weight = distribution.density(t), sampling.loss_weight(t)
     edges = torch.linspace(0.0, 1.0, settings.bins + 1, dtype=torch.float64)
     counts = count_in_bins(drawn, settings.bins)
     return Preview(
@@ -96,7 +96,7 @@ def measure_preview(settings: PreviewSettings) -> Preview:
         effective=density * weight / _mean_weight(sampling, settings.cells),
         edges=edges,
         counts=counts,
-        expected=law.cdf(edges).diff(),
+        expected=distribution.cdf(edges).diff(),
         statistics=_statistics(settings, drawn, edges, counts),
     )
 
@@ -111,8 +111,8 @@ def _bin_of(t: Tensor, bins: int) -> Tensor:
 
 
 def _curve_points(low: float, high: float) -> Tensor:
-    """Even in t and even in log-SNR, so that a law that hugs an end is drawn whole; both sides
-    of the range's ends, where the density jumps."""
+    """Even in t and even in log-SNR, so that a distribution that hugs an end is drawn whole; both
+    sides of the range's ends, where the density jumps."""
     even = torch.linspace(0.0, 1.0, 161, dtype=torch.float64)
     tails = torch.sigmoid(torch.linspace(-8.0, 8.0, 97, dtype=torch.float64))
     jumps = torch.tensor([low, low - 1e-9, high, high + 1e-9], dtype=torch.float64).clamp(0.0, 1.0)

@@ -16,7 +16,7 @@ from .distributions import (
     MODE_SCALE_MIN,
     Distribution,
     LogitNormal,
-    ModeLaw,
+    ModeDistribution,
     Squeezed,
     Uniform,
     mixture,
@@ -26,7 +26,7 @@ from .weighting import LOSS_WEIGHTS
 
 WEIGHTING_SCHEMES = ("none", "logit_normal", "mode", "cosmap", "sigma_sqrt")
 LOGSNR2_MEAN, LOGSNR2_STD = 5.36, 1.0
-"""The low-noise law of the qinglong mixtures, in log-SNR (musubi-tuner PR 407)."""
+"""The low-noise distribution of the qinglong mixtures, in log-SNR (musubi-tuner PR 407)."""
 IDEOGRAM4_STD = 1.5
 """Std of logit(t) in Ideogram 4's schedule."""
 PACKED_CELL = 16
@@ -58,7 +58,7 @@ RESOLUTION_SHIFTS = {
     "krea2_shift": ResolutionShift(tokens=(256, 6400), mu=(0.5, 1.15), cells_per_token=2),
 }
 QINGLONG = {"qinglong_flux": "flux_shift", "qinglong_qwen": "qwen_shift"}
-"""Hybrid mode -> the resolution shift of its middle law."""
+"""Hybrid mode -> the resolution shift of its middle distribution."""
 MODES = (
     "sigma",
     "uniform",
@@ -81,7 +81,7 @@ class TimestepSampling:
     mode: str = "sigma"
     """One of MODES (musubi: timestep_sampling)."""
     weighting_scheme: str = "none"
-    """logit_normal and mode choose the law of mode sigma; cosmap and sigma_sqrt weigh the loss."""
+    """logit_normal and mode shape what mode sigma draws; cosmap and sigma_sqrt weigh the loss."""
     discrete_flow_shift: float = 1.0
     """Of mode shift; above 1 trains more on high noise. Above 0."""
     sigmoid_scale: float = 1.0
@@ -93,11 +93,11 @@ class TimestepSampling:
     mode_scale: float = 1.29
     """s of sigma/mode, -1 to 1.75."""
     mid_ratio: float = 0.80
-    """qinglong: share of the resolution-shift law; the three shares are relative."""
+    """qinglong: share of the resolution-shift distribution; the three shares are relative."""
     logsnr_ratio: float = 0.075
-    """qinglong: share of the log-SNR law (logit_mean, logit_std)."""
+    """qinglong: share of the log-SNR distribution (logit_mean, logit_std)."""
     logsnr2_ratio: float = 0.125
-    """qinglong: share of the low-noise law, log-SNR ~ N(5.36, 1)."""
+    """qinglong: share of the low-noise distribution, log-SNR ~ N(5.36, 1)."""
     min_timestep: int = 0
     """Low end of t, times 1000 (0 = clean)."""
     max_timestep: int = 1000
@@ -113,7 +113,7 @@ class TimestepSampling:
         for name in ("discrete_flow_shift", "sigmoid_scale", "logit_std"):
             refuse_not_positive(name, getattr(self, name))
         refuse_not_finite("logit_mean", self.logit_mean)
-        hint = "elsewhere the mode law is not monotone"
+        hint = "elsewhere the mode distribution is not monotone"
         refuse_outside("mode_scale", self.mode_scale, MODE_SCALE_MIN, MODE_SCALE_MAX, hint)
         self._check_shares()
         self._check_range()
@@ -142,7 +142,7 @@ class TimestepSampling:
 
     @property
     def depends_on_resolution(self) -> bool:
-        """Whether the size of the latent enters the law."""
+        """Whether the size of the latent enters the distribution."""
         return self.mode.endswith("_shift") or self.mode in QINGLONG
 
     @property
@@ -162,12 +162,13 @@ class TimestepSampling:
         return self.max_timestep / 1000
 
     def distribution(self, height: int, width: int) -> Distribution:
-        """The law of t for a latent of height x width cells (rows and columns of the model's own
-        latent tensor; frames do not enter). ValueError when the range holds none of it."""
+        """The distribution of t for a latent of height x width cells (rows and columns of the
+        model's own latent tensor; frames do not enter). ValueError when the range holds none of
+        it."""
         return _distribution(self, height, width)
 
     def acceptance_rate(self, height: int, width: int) -> float:
-        """Share of the unrestricted law that the range keeps (1 when the shape is squeezed)."""
+        """Share of the unrestricted distribution that the range keeps (1 when it is squeezed)."""
         if not self.preserve_distribution_shape:
             return 1.0
         return _unrestricted(self, height, width).mass(self.low, self.high)
@@ -179,18 +180,18 @@ class TimestepSampling:
 
 @functools.lru_cache(maxsize=256)
 def _distribution(sampling: TimestepSampling, height: int, width: int) -> Distribution:
-    law = _unrestricted(sampling, height, width)
+    distribution = _unrestricted(sampling, height, width)
     if (sampling.min_timestep, sampling.max_timestep) == (0, 1000):
-        return law
+        return distribution
     restrict = truncated if sampling.preserve_distribution_shape else Squeezed
-    return restrict(law, sampling.low, sampling.high)
+    return restrict(distribution, sampling.low, sampling.high)
 
 
 def _unrestricted(sampling: TimestepSampling, height: int, width: int) -> Distribution:
-    """The law on [0, 1]."""
+    """The distribution on [0, 1]."""
     match sampling.mode:
         case "sigma":
-            return _sigma_law(sampling)
+            return _sigma(sampling)
         case "uniform":
             return Uniform()
         case "sigmoid":
@@ -198,43 +199,43 @@ def _unrestricted(sampling: TimestepSampling, height: int, width: int) -> Distri
         case "shift":
             return LogitNormal(math.log(sampling.discrete_flow_shift), sampling.sigmoid_scale)
         case "logsnr":
-            return _logsnr_law(sampling.logit_mean, sampling.logit_std)
+            return _logsnr(sampling.logit_mean, sampling.logit_std)
         case "ideogram4_shift":
-            return _ideogram4_law(height, width)
+            return _ideogram4(height, width)
         case "qinglong_flux" | "qinglong_qwen":
-            return _qinglong_law(sampling, height, width)
+            return _qinglong(sampling, height, width)
     mean = RESOLUTION_SHIFTS[sampling.mode].log_shift(height, width)
     return LogitNormal(mean, sampling.sigmoid_scale)
 
 
-def _sigma_law(sampling: TimestepSampling) -> Distribution:
+def _sigma(sampling: TimestepSampling) -> Distribution:
     """musubi indexes a table that runs from noise to clean, hence the minus of logit_normal."""
     match sampling.weighting_scheme:
         case "logit_normal":
             return LogitNormal(-sampling.logit_mean, sampling.logit_std)
         case "mode":
-            return ModeLaw(sampling.mode_scale)
+            return ModeDistribution(sampling.mode_scale)
     return Uniform()
 
 
-def _logsnr_law(mean: float, std: float) -> LogitNormal:
+def _logsnr(mean: float, std: float) -> LogitNormal:
     """log-SNR = 2 ln((1 - t) / t) ~ N(mean, std^2) (arXiv:2411.14793)."""
     return LogitNormal(-0.5 * mean, 0.5 * std)
 
 
-def _ideogram4_law(height: int, width: int) -> LogitNormal:
+def _ideogram4(height: int, width: int) -> LogitNormal:
     """Ideogram 4's own schedule: its mean is 0 at 512 x 512 pixels and grows with their number."""
     pixels = height * width * PACKED_CELL**2
     return LogitNormal(0.5 * math.log(pixels / 512**2), IDEOGRAM4_STD)
 
 
-def _qinglong_law(sampling: TimestepSampling, height: int, width: int) -> Distribution:
+def _qinglong(sampling: TimestepSampling, height: int, width: int) -> Distribution:
     middle = RESOLUTION_SHIFTS[QINGLONG[sampling.mode]].log_shift(height, width)
     return mixture(
         (sampling.mid_ratio, sampling.logsnr_ratio, sampling.logsnr2_ratio),
         (
             LogitNormal(middle, sampling.sigmoid_scale),
-            _logsnr_law(sampling.logit_mean, sampling.logit_std),
-            _logsnr_law(LOGSNR2_MEAN, LOGSNR2_STD),
+            _logsnr(sampling.logit_mean, sampling.logit_std),
+            _logsnr(LOGSNR2_MEAN, LOGSNR2_STD),
         ),
     )

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from numpy.typing import NDArray
 
-from ..canvas import new_figure, pixels_of
+from ..canvas import Pixels, new_figure, pixels_of
 from .history import LossHistory, StepRecord, ValidationRecord
 
 INK, GRID, PAPER = "#d8dce6", "#3a4050", "#1c1f27"
@@ -18,9 +18,13 @@ TEXT, TICKS = 12, 11
 
 
 def draw_history(
-    history: LossHistory, *, steps: int, sample: np.ndarray | None = None, caption: str = ""
-) -> Image.Image:
-    """The loss curve of a run as a picture, the last sample (H, W, 3) in [0, 1] beside it."""
+    history: LossHistory,
+    *,
+    steps: int,
+    sample: NDArray[np.float32] | None = None,
+    caption: str = "",
+) -> Pixels:
+    """The loss curve of a run, the last sample (H, W, 3) in [0, 1] beside it."""
     figure = new_figure(6.4 if sample is None else 9.6, 3.6, dpi=100, paper=PAPER)
     if sample is None:
         axes = figure.add_axes((0.13, 0.17, 0.82, 0.72))
@@ -32,10 +36,10 @@ def draw_history(
         beside.set_title("last sample", color=INK, fontsize=TEXT)
     _draw_losses(axes, history, steps)
     axes.set_title(caption, color=INK, fontsize=TEXT, loc="left")
-    return Image.fromarray(pixels_of(figure))
+    return pixels_of(figure)
 
 
-def draw_loss_map(loss_map: Mapping[str, Any]) -> Image.Image:
+def draw_loss_map(loss_map: Mapping[str, Any]) -> Pixels:
     """The finished run's LOSS_MAP as the same picture."""
     losses = loss_map["loss"]
     validations = zip(loss_map["validation_steps"], loss_map["validation_loss"], strict=True)

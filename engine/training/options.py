@@ -84,7 +84,7 @@ class Validation:
 
     every_n_steps: int
     timesteps_per_item: int = 8
-    """Noise levels per item, evenly spread over the run's own law."""
+    """Noise levels per item, evenly spread over the run's own distribution."""
     seed: int = 0
 
     def __post_init__(self) -> None:

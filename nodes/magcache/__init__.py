@@ -1,5 +1,15 @@
 """MagCache: calibrate in the graph, plan over sigma, sample."""
 
-from .nodes import NODES
+from comfy_api.latest import io
 
-__all__ = ["NODES"]
+from .cache import BraidMagCache, BraidMagCachePlan, BraidMagCacheReport
+from .calibration import BraidLoadCalibration, BraidMagCacheCalibrate, BraidMagCacheCalibration
+
+NODES: list[type[io.ComfyNode]] = [
+    BraidMagCache,
+    BraidMagCacheCalibrate,
+    BraidMagCacheCalibration,
+    BraidMagCachePlan,
+    BraidMagCacheReport,
+    BraidLoadCalibration,
+]

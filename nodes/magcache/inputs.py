@@ -54,6 +54,20 @@ def plan_input() -> io.Input:
     )
 
 
+def measure_input(meaning: str) -> io.Combo.Input:
+    """What is measured or cached, with what that means in the node."""
+    return io.Combo.Input(
+        "measure",
+        options=["latent", "blocks"],
+        default="latent",
+        optional=True,
+        advanced=True,
+        tooltip=f"{meaning} latent: the whole model's output; any model, two latents of memory per "
+        "conditioning. blocks: the residual of the block stack, as the paper; FLUX, Chroma, Wan "
+        "(not VACE), Qwen-Image and Hunyuan.",
+    )
+
+
 def rule_input() -> io.DynamicCombo.Input:
     return io.DynamicCombo.Input(
         "rule",
@@ -120,8 +134,7 @@ def _planned_inputs() -> list[io.Input]:
             max=10.0,
             step=0.05,
             tooltip="Steps of the run over computed steps; 2 computes every second step on "
-            "average. 1 "
-            "turns the cache off.",
+            "average. 1 turns the cache off.",
         ),
         io.Int.Input(
             "warmup_steps",
@@ -166,8 +179,7 @@ def plan_from_widgets(preset: str, mag_ratios: str) -> MagCachePlan | None:
     if preset == FROM_RATIOS:
         raise ValueError(
             "preset is 'from mag_ratios' and mag_ratios is empty: paste a comma-separated list "
-            "there, "
-            "or choose a preset"
+            "there, or choose a preset"
         )
     return None if preset == AUTO else preset_named(preset)
 

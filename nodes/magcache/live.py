@@ -4,10 +4,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ...engine.comfyui.magcache.patch import MagCacheSettings
 from ...engine.magcache.plan import MagCachePlan
-from ...engine.magcache.report import schedule_dict
-from ...engine.magcache.rules import PlannedRule
+from ...engine.magcache.rules import MagCacheSettings, PlannedRule
 from ...engine.magcache.schedule import MAX_STEPS, Schedule, plan_schedule
 from ...engine.magcache.shortest_path import path_operations
 from ..live_node import DecidedByTheRunError, LiveNode, checked
@@ -30,7 +28,7 @@ STEPS_DOWNSTREAM = io.Int.Input("steps_downstream", min=1, max=MAX_STEPS)
 
 def strip(schedule: Schedule, plan: MagCachePlan) -> dict[str, Any]:
     """What `web/magcache/chart.js` draws; there an `error` would be a sentence."""
-    numbers = schedule_dict(schedule)
+    numbers = schedule.to_dict()
     total_error = numbers.pop("error")
     return {
         **numbers,

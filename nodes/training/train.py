@@ -4,7 +4,6 @@ import functools
 import json
 from dataclasses import fields
 
-import numpy as np
 from comfy_api.latest import io
 
 from ...engine.canvas import as_image
@@ -195,7 +194,7 @@ class BraidTrainLora(io.ComfyNode):
             inputs, plan, one["network"], one.get("timesteps"), one.get("optimizer"), chosen
         )
         trained = train_lora(job, inputs, functools.partial(live.say, cls.hidden.unique_id))
-        picture = as_image(np.array(draw_loss_map(trained.loss_map)))
+        picture = as_image(draw_loss_map(trained.loss_map))
         return io.NodeOutput(
             trained.lora,
             trained.loss_map,

@@ -28,9 +28,9 @@ import torch  # noqa: E402
 from comfy_extras.nodes_easycache import EasyCacheNode  # noqa: E402
 
 from comfyui_braid.engine.comfyui.magcache.calibrate import Calibrator  # noqa: E402
-from comfyui_braid.engine.comfyui.magcache.patch import MagCachePatch, MagCacheSettings  # noqa: E402
+from comfyui_braid.engine.comfyui.magcache.patch import MagCachePatch  # noqa: E402
 from comfyui_braid.engine.comfyui.playground import load_playground_model  # noqa: E402
-from comfyui_braid.engine.magcache.rules import MagCacheRule, PlannedRule  # noqa: E402
+from comfyui_braid.engine.magcache.rules import MagCacheRule, MagCacheSettings, PlannedRule  # noqa: E402
 from comfyui_braid.engine.magcache.schedule import plan_schedule  # noqa: E402
 from comfyui_braid.engine.playground import glyphs, sampling  # noqa: E402
 

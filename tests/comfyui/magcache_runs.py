@@ -6,9 +6,9 @@ import torch
 from tiny_models import conditioning, latent
 
 from comfyui_braid.engine.comfyui.magcache.calibrate import Calibrator
-from comfyui_braid.engine.comfyui.magcache.patch import MagCachePatch, MagCacheSettings
+from comfyui_braid.engine.comfyui.magcache.patch import MagCachePatch
 from comfyui_braid.engine.magcache.plan import plan_from_ratios
-from comfyui_braid.engine.magcache.rules import MagCacheRule
+from comfyui_braid.engine.magcache.rules import MagCacheRule, MagCacheSettings
 
 STEPS = 8
 

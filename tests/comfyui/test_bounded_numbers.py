@@ -13,7 +13,7 @@ from comfyui_braid.engine.magcache.schedule import plan_schedule
 from comfyui_braid.engine.timesteps.sampling import TimestepSampling
 from comfyui_braid.nodes import NODES
 from comfyui_braid.nodes.ema import BraidEmaSweep
-from comfyui_braid.nodes.magcache.nodes import BraidMagCachePlan
+from comfyui_braid.nodes.magcache.cache import BraidMagCachePlan
 from comfyui_braid.nodes.network import BraidNetwork
 from comfyui_braid.nodes.playground import BraidPlaygroundDataset, BraidPlaygroundDecode
 from comfyui_braid.nodes.timesteps import BraidTimestepPreview

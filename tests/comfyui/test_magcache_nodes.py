@@ -11,7 +11,7 @@ from magcache_runs import sample
 from tiny_models import build
 
 from comfyui_braid.engine.comfyui.magcache.patch import magcache_of
-from comfyui_braid.nodes.magcache.nodes import (
+from comfyui_braid.nodes.magcache import (
     NODES,
     BraidLoadCalibration,
     BraidMagCache,

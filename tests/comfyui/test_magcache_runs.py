@@ -28,8 +28,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from comfyui_braid.engine.comfyui.magcache.calibrate import Calibrator
 from comfyui_braid.engine.comfyui.magcache.conditions import schedule_knots
-from comfyui_braid.engine.comfyui.magcache.patch import MagCacheSettings
-from comfyui_braid.engine.comfyui.magcache.run import conditioning_keys
 from comfyui_braid.engine.comfyui.magcache.samplers import (
     OWN_LEVELS,
     adds_noise,
@@ -37,13 +35,14 @@ from comfyui_braid.engine.comfyui.magcache.samplers import (
     noisy_by_name,
     sampler_name,
 )
+from comfyui_braid.engine.comfyui.magcache.wrappers import evaluations_of
 from comfyui_braid.engine.comfyui.playground import load_playground_model
 from comfyui_braid.engine.magcache.clock import same_level
 from comfyui_braid.engine.magcache.presets import preset_named, presets
 from comfyui_braid.engine.magcache.residuals import ResidualCache
-from comfyui_braid.engine.magcache.rules import MagCacheRule, PlannedRule
+from comfyui_braid.engine.magcache.rules import MagCacheRule, MagCacheSettings, PlannedRule
 from comfyui_braid.engine.magcache.schedule import plan_schedule
-from comfyui_braid.nodes.magcache.inputs import planned_strip
+from comfyui_braid.nodes.magcache.live import planned_strip
 
 SKIPPED = (1, 2, 4, 5)
 
@@ -146,7 +145,7 @@ def test_a_tensor_of_another_shape_type_or_device_never_takes_a_residual():
     who = {"uuids": ["u"], "cond_or_uncond": [0]}
     x = torch.zeros(1, 4)
     others = (torch.zeros(1, 5), torch.zeros(2, 4), x.half(), torch.zeros(1, 4, device="meta"))
-    keys = [conditioning_keys(who, tensor, {})[0] for tensor in (x, *others)]
+    keys = [evaluations_of(who, tensor, {})[0] for tensor in (x, *others)]
     assert len(set(keys)) == len(keys)
 
 
@@ -207,8 +206,8 @@ def test_regional_prompts_each_keep_their_own_residual(model):
 
 def test_a_region_and_the_negative_that_core_makes_for_it_are_told_apart():
     """They carry the same uuid."""
-    keys = conditioning_keys({"uuids": ["u", "u"], "cond_or_uncond": [1, 0]}, torch.zeros(2, 4), {})
-    apart = conditioning_keys({"uuids": ["u"], "cond_or_uncond": [0]}, torch.zeros(1, 4), {})
+    keys = evaluations_of({"uuids": ["u", "u"], "cond_or_uncond": [1, 0]}, torch.zeros(2, 4), {})
+    apart = evaluations_of({"uuids": ["u"], "cond_or_uncond": [0]}, torch.zeros(1, 4), {})
     assert keys[1] == apart[0] != keys[0]
 
 
@@ -489,9 +488,9 @@ def test_frames_of_another_context_window_are_another_residual():
 
     x, calls = torch.zeros(1, 4), {}
     who = {"uuids": ["u"], "cond_or_uncond": [0]}
-    first = conditioning_keys({**who, "context_window": Window(0, 1)}, x, calls)
-    second = conditioning_keys({**who, "context_window": Window(1, 2)}, x, calls)
-    again = conditioning_keys({**who, "context_window": Window(0, 1)}, x, {})
+    first = evaluations_of({**who, "context_window": Window(0, 1)}, x, calls)
+    second = evaluations_of({**who, "context_window": Window(1, 2)}, x, calls)
+    again = evaluations_of({**who, "context_window": Window(0, 1)}, x, {})
     assert first != second and first == again
 
 
@@ -558,14 +557,15 @@ def test_steps_are_skipped_without_waiting_for_the_device(sampler, model):
     assert reads(patched, 12) - reads(patched, 8) <= plain
 
 
-def test_several_runs_are_averaged_and_kept_as_sections(model):
+def test_several_runs_are_averaged(model):
     calibrator = Calibrator()
     patched = calibrator.attach(model)
     sample(patched, "flux")
-    first = calibrator.result()
     sample(patched, "flux", noise=latent("flux", seed=3))
-    mean = calibrator.result()
-    assert len(mean.sections) == 2 and mean.sections[0] == first.curves[0].ratios
+    first, second = (plan.curves[0].ratios for plan in calibrator.plans)
+    mean = calibrator.result().curves[0].ratios
+    assert mean == pytest.approx([(a + b) / 2 for a, b in zip(first, second, strict=True)])
+    assert first != second
     sample(patched, "flux", steps=5)
     assert calibrator.result().conditions.steps == 5, "other conditions are not averaged"
 

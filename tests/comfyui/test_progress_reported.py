@@ -1,7 +1,7 @@
 import comfy.model_management as mm
 import comfy.utils
+import numpy as np
 import pytest
-from PIL import Image
 
 from comfyui_braid.engine.comfyui.progress import reported
 
@@ -34,12 +34,12 @@ def test_a_picture_is_shown_for_the_first_and_the_last_step_and_not_for_each(sho
 
     def picture(step):
         drawn.append(step)
-        return Image.new("RGBA", (4, 4))
+        return np.full((4, 6, 3), 7, dtype=np.uint8)
 
     list(reported(range(50), total=50, picture=picture, picture_every_s=1e6))
     assert drawn == [0, 49]
     form, image, limit = shown[-1][2]
-    assert (form, image.mode, limit) == ("PNG", "RGB", None)
+    assert (form, image.mode, image.size, limit) == ("PNG", "RGB", (6, 4), None)
 
 
 def test_cancel_rises_after_the_step_it_interrupts_was_seen_and_closes_the_steps(interrupt):

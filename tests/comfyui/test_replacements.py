@@ -10,8 +10,8 @@ from tiny_models import build
 import nodes as host_nodes
 from comfyui_braid.engine.magcache.rules import MagCacheRule
 from comfyui_braid.nodes import NODES, replacements
+from comfyui_braid.nodes.magcache.cache import BraidMagCache
 from comfyui_braid.nodes.magcache.inputs import parse_rule
-from comfyui_braid.nodes.magcache.nodes import BraidMagCache
 
 OLD = {
     "model": ["1", 0],

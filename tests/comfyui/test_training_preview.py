@@ -139,7 +139,7 @@ def test_the_live_picture_shows_the_last_sample_beside_the_loss_curve(tmp_path, 
     monkeypatch.setattr(training_run, "reported", shown)
     run("flux", tmp_path, plan=SHORT, options=options())
     drawn = [picture for picture in pictures if picture is not None]
-    assert drawn[0].width < drawn[-1].width  # a second panel from the first sample on
+    assert drawn[0].shape[1] < drawn[-1].shape[1]  # a second panel from the first sample on
     assert pictures[-1] is not None  # the last step is always drawn
 
 

@@ -22,7 +22,10 @@ from comfyui_braid.engine.training.saving import find_state
 from comfyui_braid.engine.training.state import read_state
 from comfyui_braid.nodes import fp8
 from comfyui_braid.nodes.ema import BraidPostHocEma
-from comfyui_braid.nodes.magcache.nodes import BraidLoadCalibration, BraidMagCacheCalibration
+from comfyui_braid.nodes.magcache.calibration import (
+    BraidLoadCalibration,
+    BraidMagCacheCalibration,
+)
 from comfyui_braid.nodes.network import BraidSaveLora
 from comfyui_braid.nodes.training import checkpoints
 from comfyui_braid.nodes.training.checkpoints import BraidLoadCheckpoints

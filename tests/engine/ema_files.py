@@ -7,8 +7,10 @@ import torch
 
 from comfyui_braid.engine.checkpoints import Checkpoint, Checkpoints
 from comfyui_braid.engine.ema.average import averaged, plan_average
+from comfyui_braid.engine.ema.schedule import BetaRamp
 
 DOWN, UP, ALPHA = "lora_unet_a.lora_down.weight", "lora_unet_a.lora_up.weight", "lora_unet_a.alpha"
+HALF = BetaRamp(beta=0.5, beta2=0.5)
 
 
 def adapter(seed: int = 0, rank: int = 4, modules: int = 2, width: int = 8, dtype=torch.float32):
@@ -31,6 +33,11 @@ def save(path: Path, tensors, **metadata: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     safetensors.torch.save_file(tensors, path, metadata or None)
     return path
+
+
+def save_pair(folder: Path, one, other) -> list[Path]:
+    """Two files: one.safetensors and other.safetensors."""
+    return [save(folder / "one.safetensors", one), save(folder / "other.safetensors", other)]
 
 
 def write_run(folder: Path, count: int = 4, drift: float = 0.2, every: int = 100, **shape):

@@ -1,7 +1,7 @@
 import json
 import math
 
-from comfyui_braid.engine.fp8.chart import error_chart
+from comfyui_braid.engine.fp8.figure import draw_errors
 from comfyui_braid.engine.fp8.report import Fp8Report, LayerReport
 
 
@@ -43,6 +43,6 @@ def test_the_json_counts_bytes_and_gives_percent_and_decibel():
 
 
 def test_the_chart_draws_every_measured_layer_and_an_empty_report():
-    drawn = error_chart(REPORT)
-    empty = error_chart(Fp8Report(layers=()))
+    drawn = draw_errors(REPORT)
+    empty = draw_errors(Fp8Report(layers=()))
     assert drawn.shape == empty.shape and drawn.std() > empty.std()

@@ -17,9 +17,8 @@ from comfyui_braid.engine.magcache.plan import (
 )
 from comfyui_braid.engine.magcache.presets import preset_for, preset_named, presets
 
-RATIO_LISTS = json.loads(
-    (Path(__file__).parents[1] / "goldens" / "magcache_ratios.json").read_text()
-)["lists"]
+TESTS = Path(__file__).parents[1]
+RATIO_LISTS = json.loads((TESTS / "goldens" / "magcache_ratios.json").read_text())["lists"]
 RENAMED = {
     "HunyuanVideo-T2V 544p (= musubi default)": "HunyuanVideo-T2V 544p",
     "ComfyUI pack flux_kontext": "FLUX.1-Kontext-dev (ComfyUI pack, 20 steps)",
@@ -91,10 +90,9 @@ def test_a_typed_list_prints_back_as_musubi_prints_it():
     assert ratios_text(plan_from_ratios(text)) == text
 
 
-def test_lines_of_a_typed_list_are_sections_and_averaged():
+def test_lines_of_a_typed_list_are_sections_of_a_video_and_averaged():
     plan = plan_from_ratios("1, 1.2, 0.8\n1, 1.0, 1.0\n")
     assert plan.curves[0].ratios == pytest.approx((1.0, 1.1, 0.9))
-    assert plan.sections == ((1.0, 1.2, 0.8), (1.0, 1.0, 1.0))
 
 
 @pytest.mark.parametrize(
@@ -125,6 +123,16 @@ def test_a_bad_list_is_refused_in_one_sentence(text, message):
 def test_another_file_is_not_read_as_a_calibration(text, message):
     with pytest.raises(ValueError, match=message):
         MagCachePlan.from_json(text)
+
+
+def test_a_calibration_of_0_1_0_is_read_whole():
+    text = (
+        Path(__file__).parents[1] / "files_of_0_1_0/output/magcache/old_00001_.json"
+    ).read_text()
+    old, plan = json.loads(text), MagCachePlan.from_json(text)
+    written = json.loads(plan.to_json())
+    assert plan.calibrated
+    assert old == written | {"sections": [], "recommended": None, "note": ""}
 
 
 def edited(section, field, value):
@@ -166,9 +174,10 @@ def test_a_calibration_edited_by_hand_is_read_whole_or_refused_in_one_sentence(e
         MagCachePlan.from_json(edited(*edit))
 
 
-def test_fields_of_a_newer_version_are_left_out():
+def test_fields_of_another_version_are_left_out():
     raw = json.loads(plan_from_ratios("1,1,1").to_json())
     raw["conditions"]["from_the_future"] = 1
+    raw |= {"sections": [[1.0, 1.0, 1.0]], "recommended": None, "note": ""}  # as 0.1.0 wrote
     assert MagCachePlan.from_json(json.dumps(raw)) == plan_from_ratios("1,1,1")
 
 

@@ -11,7 +11,7 @@ import torch
 
 from comfyui_braid.engine.magcache.calibration import (
     ResidualRecorder,
-    average_plans,
+    average_of_alike,
     calibrated_plan,
     consecutive_change,
 )
@@ -21,7 +21,7 @@ from comfyui_braid.engine.magcache.curve import (
     nearest_ratios,
     resampled_sigmas,
 )
-from comfyui_braid.engine.magcache.figure import calibration_picture, schedule_picture
+from comfyui_braid.engine.magcache.figure import draw_calibration, draw_schedule
 from comfyui_braid.engine.magcache.plan import Conditions, MagCachePlan, plan_from_ratios
 from comfyui_braid.engine.magcache.rules import MagCacheRule, PlannedRule
 from comfyui_braid.engine.magcache.schedule import plan_schedule, run_ratios
@@ -249,21 +249,20 @@ def test_tokens_without_a_previous_residual_do_not_make_the_ratio_infinite():
     assert consecutive_change(previous, current, -1)[0].item() == pytest.approx(2.0)
 
 
-def test_runs_under_the_same_conditions_are_averaged_and_others_refused():
+def test_runs_under_the_same_conditions_are_averaged_and_others_left_out():
     sigmas = shifted(10)
-    one = calibrate(sigmas)
+    one, other = calibrate(sigmas), calibrate(shifted(11))
     two = calibrate(sigmas, lambda s: 2 * residual_at(s * s))
-    mean = average_plans([one, two])
+    mean = average_of_alike([other, one, two])
     pair = zip(one.curves[0].ratios, two.curves[0].ratios, strict=True)
     assert mean.curves[0].ratios == pytest.approx([(a + b) / 2 for a, b in pair])
-    assert mean.sections == (one.curves[0].ratios, two.curves[0].ratios)
-    with pytest.raises(ValueError, match="cannot be averaged"):
-        average_plans([one, calibrate(shifted(11))])
+    assert mean.source == "test, mean of 2 runs" and mean.conditions == two.conditions
+    assert average_of_alike([one, two, other]) == other
 
 
 def test_pictures_have_the_size_of_a_node_and_something_on_them():
     plan = calibrate(shifted(20))
     schedule = plan_schedule(plan, shifted(20), PlannedRule())
-    for picture in (calibration_picture(plan), schedule_picture(schedule, plan.name)):
+    for picture in (draw_calibration(plan), draw_schedule(schedule, plan.name)):
         assert picture.dtype == np.uint8 and picture.shape[1] == 888
         assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 50

@@ -1,4 +1,4 @@
-"""Every law: quantile, CDF and density agree; ranges are exact; bad settings are refused."""
+"""Distributions: quantile, CDF and density agree, ranges are exact, bad settings are refused."""
 
 import math
 
@@ -9,7 +9,7 @@ from comfyui_braid.engine.timesteps.sampling import MODES, TimestepSampling
 from comfyui_braid.engine.timesteps.stream import TimestepStream
 
 CELLS = (128, 96)
-LAWS = {mode: dict(mode=mode) for mode in MODES} | {
+DISTRIBUTIONS = {mode: dict(mode=mode) for mode in MODES} | {
     "sigma/logit_normal": dict(weighting_scheme="logit_normal", logit_mean=0.5),
     "sigma/mode": dict(weighting_scheme="mode"),
     "sigma/mode negative": dict(weighting_scheme="mode", mode_scale=-0.9),
@@ -22,13 +22,13 @@ RANGES = {
     "cut": dict(min_timestep=200, max_timestep=800, preserve_distribution_shape=True),
 }
 FAMILY = [
-    pytest.param(law | limits, id=f"{name} {range_name}".strip())
-    for name, law in LAWS.items()
+    pytest.param(distribution | limits, id=f"{name} {range_name}".strip())
+    for name, distribution in DISTRIBUTIONS.items()
     for range_name, limits in RANGES.items()
 ]
 
 
-def law_of(settings: dict):
+def distribution_of(settings: dict):
     return TimestepSampling(**settings).distribution(*CELLS)
 
 
@@ -41,7 +41,7 @@ def grid(points: int) -> torch.Tensor:
     [
         p
         for p in FAMILY
-        if p.id in LAWS or p.id in ("shift squeezed", "shift cut", "qinglong_flux cut")
+        if p.id in DISTRIBUTIONS or p.id in ("shift squeezed", "shift cut", "qinglong_flux cut")
     ],
 )
 def test_a_million_draws_lie_within_2e_3_of_the_closed_form_cdf(settings):
@@ -56,49 +56,54 @@ def test_a_million_draws_lie_within_2e_3_of_the_closed_form_cdf(settings):
 
 @pytest.mark.parametrize("settings", FAMILY)
 def test_the_density_is_the_slope_of_the_cdf(settings):
-    law, h = law_of(settings), 1e-6
+    distribution, h = distribution_of(settings), 1e-6
     t = grid(500)
     t = t[(t - 0.2).abs().gt(1e-3) & (t - 0.8).abs().gt(1e-3) & (t - 0.5).abs().gt(1e-3)]
-    slope = (law.cdf(t + h) - law.cdf(t - h)) / (2 * h)
-    assert (slope - law.density(t)).abs().max() <= 1e-6 * (1 + law.density(t).max())
+    slope = (distribution.cdf(t + h) - distribution.cdf(t - h)) / (2 * h)
+    density = distribution.density(t)
+    assert (slope - density).abs().max() <= 1e-6 * (1 + density.max())
 
 
 @pytest.mark.parametrize("settings", [p for p in FAMILY if "qinglong" not in p.id])
-def test_a_single_law_maps_u_back_to_itself_and_rises(settings):
-    law, u = law_of(settings), grid(999)
-    t = law.from_uniform(u)
+def test_a_single_distribution_maps_u_back_to_itself_and_rises(settings):
+    distribution, u = distribution_of(settings), grid(999)
+    t = distribution.from_uniform(u)
     assert (t.diff() > 0).all()
-    assert (law.cdf(t) - u).abs().max() < 1e-12
+    assert (distribution.cdf(t) - u).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("settings", FAMILY)
 def test_the_ends_stay_in_the_range_and_the_cdf_ends_at_0_and_1(settings):
     sampling = TimestepSampling(**settings)
-    law = sampling.distribution(*CELLS)
-    t = law.from_uniform(torch.tensor([0.0, 2.0**-60, 1.0 - 2.0**-53, 1.0], dtype=torch.float64))
+    distribution = sampling.distribution(*CELLS)
+    t = distribution.from_uniform(
+        torch.tensor([0.0, 2.0**-60, 1.0 - 2.0**-53, 1.0], dtype=torch.float64)
+    )
     assert ((t >= sampling.low) & (t <= sampling.high)).all()
     ends = torch.tensor([sampling.low, sampling.high], dtype=torch.float64)
-    assert law.cdf(ends).tolist() == pytest.approx([0.0, 1.0], abs=1e-12)
-    assert torch.isfinite(law.density(ends)).all()
-    assert law.density(torch.tensor([-0.01, 1.01], dtype=torch.float64)).tolist() == [0.0, 0.0]
+    assert distribution.cdf(ends).tolist() == pytest.approx([0.0, 1.0], abs=1e-12)
+    assert torch.isfinite(distribution.density(ends)).all()
+    outside = torch.tensor([-0.01, 1.01], dtype=torch.float64)
+    assert distribution.density(outside).tolist() == [0.0, 0.0]
 
 
-@pytest.mark.parametrize("name", LAWS)
-def test_a_cut_law_is_the_whole_law_given_the_range(name):
-    whole, cut = law_of(LAWS[name]), law_of(LAWS[name] | RANGES["cut"])
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_a_cut_distribution_is_the_whole_one_given_the_range(name):
+    whole = distribution_of(DISTRIBUTIONS[name])
+    cut = distribution_of(DISTRIBUTIONS[name] | RANGES["cut"])
     t = 0.2 + 0.6 * grid(200)
     below, mass = whole.cdf(torch.tensor(0.2, dtype=torch.float64)), whole.mass(0.2, 0.8)
     assert (cut.cdf(t) - (whole.cdf(t) - below) / mass).abs().max() < 1e-9
     assert (cut.density(t) - whole.density(t) / mass).abs().max() < 1e-9
 
 
-def test_a_cut_law_equals_what_rejection_would_accept():
+def test_a_cut_distribution_equals_what_rejection_would_accept():
     settings = dict(mode="qinglong_flux", logit_mean=-6.0, logit_std=2.0)
-    drawn = law_of(settings).from_uniform(
+    drawn = distribution_of(settings).from_uniform(
         torch.rand(400_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     )
     accepted = drawn[(drawn >= 0.2) & (drawn <= 0.8)].sort().values
-    cut = law_of(settings | RANGES["cut"])
+    cut = distribution_of(settings | RANGES["cut"])
     step = (torch.arange(len(accepted), dtype=torch.float64) + 0.5) / len(accepted)
     assert (cut.cdf(accepted) - step).abs().max() < 2.0 / math.sqrt(len(accepted))
 
@@ -139,7 +144,7 @@ def test_bad_settings_are_refused_in_one_sentence(settings, sentence):
         TimestepSampling(**settings)
 
 
-def test_shares_are_relative_and_a_share_of_zero_leaves_its_law_out():
+def test_shares_are_relative_and_a_share_of_zero_leaves_its_distribution_out():
     doubled = TimestepSampling(
         mode="qinglong_qwen", mid_ratio=1.9, logsnr_ratio=0.0, logsnr2_ratio=0.1
     )

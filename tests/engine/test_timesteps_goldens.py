@@ -41,7 +41,7 @@ def sampling(case: dict, **more) -> TimestepSampling:
 
 def musubi_direction(case: dict, u: torch.Tensor) -> torch.Tensor:
     """Rule: from_uniform is a quantile function and rises with u. musubi's logsnr falls with u
-    (t = sigmoid(-L/2)); the law is the same, so its u is our 1 - u."""
+    (t = sigmoid(-L/2)); the distribution is the same, so its u is our 1 - u."""
     return 1.0 - u if case["args"]["timestep_sampling"] == "logsnr" else u
 
 
@@ -49,8 +49,8 @@ def musubi_direction(case: dict, u: torch.Tensor) -> torch.Tensor:
 def test_explicit_uniforms_map_to_musubi_t_to_1e_6(name):
     case = CASES[name]
     inner = (U >= 1e-3) & (U < 1.0)  # the tails: next test
-    law = sampling(case).distribution(*case["latent_hw"])
-    ours = law.from_uniform(musubi_direction(case, U))
+    distribution = sampling(case).distribution(*case["latent_hw"])
+    ours = distribution.from_uniform(musubi_direction(case, U))
     theirs = torch.tensor(case["mapped_from_uniform"], dtype=torch.float64)
     assert (ours - theirs)[inner].abs().max() < 1e-6
 
@@ -60,22 +60,22 @@ def test_tails_differ_from_musubi_only_by_its_float32_erfinv(name):
     """Rule: float64 throughout and no clamp. musubi stops at u = 1e-7 and its float32 erfinv is up
     to 0.06 standard deviations off there; ours is exact and reaches 0 and 1."""
     case = CASES[name]
-    law = sampling(case).distribution(*case["latent_hw"])
-    ends = law.from_uniform(torch.tensor([0.0, 1.0], dtype=torch.float64))
+    distribution = sampling(case).distribution(*case["latent_hw"])
+    ends = distribution.from_uniform(torch.tensor([0.0, 1.0], dtype=torch.float64))
     assert ends.tolist() == [0.0, 1.0]
     tail = torch.tensor([MUSUBI_EPSILON, 1e-6, 1.0 - MUSUBI_EPSILON], dtype=torch.float64)
-    ours = law.from_uniform(musubi_direction(case, tail))
+    ours = distribution.from_uniform(musubi_direction(case, tail))
     theirs = torch.tensor(case["mapped_from_uniform"], dtype=torch.float64)[[1, 2, 15]]
-    assert ((ours.logit() - theirs.logit()) / law.std).abs().max() < 0.06
+    assert ((ours.logit() - theirs.logit()) / distribution.std).abs().max() < 0.06
 
 
 @pytest.mark.parametrize("pixels", [512, 1024, 2048])
 def test_what_musubi_clamps_of_ideogram4_shift_is_next_to_nothing(pixels):
-    """Rule: no clamp, so that the law is a logit-normal. musubi moves what lies beyond log-SNR 15
-    and -18 to these ends."""
-    law = TimestepSampling(mode="ideogram4_shift").distribution(pixels // 16, pixels // 16)
+    """Rule: no clamp, so that the distribution is a logit-normal. musubi moves what lies beyond
+    log-SNR 15 and -18 to these ends."""
+    distribution = TimestepSampling(mode="ideogram4_shift").distribution(pixels // 16, pixels // 16)
     ends = [1.0 / (1.0 + math.exp(0.5 * snr)) for snr in (15.0, -18.0)]
-    assert law.mass(0.0, ends[0]) + law.mass(ends[1], 1.0) < 1e-5
+    assert distribution.mass(0.0, ends[0]) + distribution.mass(ends[1], 1.0) < 1e-5
 
 
 @pytest.mark.parametrize("name", STATISTICS)
@@ -86,15 +86,15 @@ def test_mean_std_and_deciles_agree_within_sampling_error(name):
     shares = MUSUBI_SHARES.get(case["args"]["timestep_sampling"], {})
     draws = case.get("draws", 100_000)
     step = 0.0005 if name.startswith("sigma") else 0.0
-    law = sampling(case, **shares).distribution(*case["latent_hw"])
+    distribution = sampling(case, **shares).distribution(*case["latent_hw"])
     u = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
-    t = law.from_uniform(u) + step
+    t = distribution.from_uniform(u) + step
     stats, error = case["stats"], t.std().item() / math.sqrt(draws)
     assert abs(t.mean().item() - stats["mean"]) < 4.5 * error
     assert abs(t.std().item() - stats["std"]) < 4.5 * error
     deciles = torch.tensor(stats["deciles_10_to_90"], dtype=torch.float64) - step
     tenths = torch.arange(1, 10, dtype=torch.float64) / 10
-    assert (law.cdf(deciles) - tenths).abs().max() < 4.5 * math.sqrt(0.25 / draws) + step
+    assert (distribution.cdf(deciles) - tenths).abs().max() < 4.5 * math.sqrt(0.25 / draws) + step
 
 
 @pytest.mark.parametrize("name", OPPOSITE_ENDS)
@@ -123,8 +123,8 @@ def test_the_qinglong_shares_are_the_documents():
     """Rule: 80 / 7.5 / 12.5 % for both hybrids, as the customer's document states; musubi's code
     has since changed to 79/11/10 and 95/0/5."""
     for mode in ("qinglong_flux", "qinglong_qwen"):
-        law = TimestepSampling(mode=mode).distribution(128, 128)
-        assert law.shares == pytest.approx((0.80, 0.075, 0.125))
+        distribution = TimestepSampling(mode=mode).distribution(128, 128)
+        assert distribution.shares == pytest.approx((0.80, 0.075, 0.125))
 
 
 def test_preserved_ranges_have_the_statistics_of_musubis_accepted_draws():
@@ -149,12 +149,12 @@ def test_log_shifts_follow_the_resolution_as_in_musubi(row):
     assert packed == pytest.approx(row["flux_mu"], abs=1e-12)
 
 
-def test_mode_law_follows_musubis_formula():
+def test_the_mode_distribution_follows_musubis_formula():
     golden = GOLDENS["mode_density_formula"]
-    law = TimestepSampling(weighting_scheme="mode").distribution(2, 2)
+    distribution = TimestepSampling(weighting_scheme="mode").distribution(2, 2)
     u = torch.tensor(golden["u"], dtype=torch.float64)
     index = torch.tensor(golden["u_prime"], dtype=torch.float64)  # counts from noise to clean
-    assert (law.from_uniform(u) - (1.0 - index)).abs().max() < 1e-6
+    assert (distribution.from_uniform(u) - (1.0 - index)).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("scheme", ["sigma_sqrt", "cosmap", "none"])
@@ -181,8 +181,8 @@ def test_loss_weights_apply_to_their_own_sample():
 def test_a_pool_value_passes_through_the_mode_and_the_timestep_is_the_noise_level():
     """Rule: the model is told 1000 t, the noise level used; musubi tells it 1000 t + 1."""
     golden = GOLDENS["pool_value_then_mode"]
-    law = TimestepSampling(mode="shift", discrete_flow_shift=3.0).distribution(2, 2)
-    t = law.from_uniform(torch.tensor(golden["pool_values"], dtype=torch.float64))
+    distribution = TimestepSampling(mode="shift", discrete_flow_shift=3.0).distribution(2, 2)
+    t = distribution.from_uniform(torch.tensor(golden["pool_values"], dtype=torch.float64))
     assert t == pytest.approx(torch.tensor(golden["t"], dtype=torch.float64), abs=1e-6)
     offset = torch.tensor(golden["timesteps"], dtype=torch.float64) - 1000 * t
     assert offset == pytest.approx(torch.ones(4, dtype=torch.float64), abs=1e-3)

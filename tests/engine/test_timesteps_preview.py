@@ -1,9 +1,10 @@
 """The preview's numbers and pictures."""
 
+import numpy as np
 import pytest
 import torch
 
-from comfyui_braid.engine.timesteps.figure import draw_figure, title
+from comfyui_braid.engine.timesteps.figure import draw_preview, title
 from comfyui_braid.engine.timesteps.preview import (
     PreviewSettings,
     count_in_bins,
@@ -103,9 +104,9 @@ def test_a_run_without_one_loss_for_each_timestep_is_refused():
 def test_the_figure_is_an_image_without_warnings(sampling, with_run, recwarn):
     preview = measure_preview(settings(sampling=sampling, samples=500))
     run = measure_run([0.9995, 0.9996, 1.0], [0.1, 0.2, 0.4], 50) if with_run else None
-    image = draw_figure(preview, run)
-    assert image.shape[0] == 1 and image.shape[3] == 3 and image.dtype == torch.float32
-    assert 0.0 <= image.min() < 0.5 < image.max() <= 1.0
+    image = draw_preview(preview, run)
+    assert image.ndim == 3 and image.shape[2] == 3 and image.dtype == np.uint8
+    assert image.min() < 128 < image.max()
     assert not [str(w.message) for w in recwarn.list]
 
 

@@ -18,8 +18,10 @@ from comfyui_braid.engine.magcache.plan import Conditions, Curve, MagCachePlan
 from comfyui_braid.engine.magcache.presets import presets
 from comfyui_braid.engine.network.adapters import ADAPTERS
 from comfyui_braid.engine.network.architectures import architecture_of
+from comfyui_braid.engine.network.attach import Network, build_adapter
 from comfyui_braid.engine.network.keys import encoded
 from comfyui_braid.engine.network.layers import LayerShape
+from comfyui_braid.engine.network.spec import NetworkSpec
 from comfyui_braid.engine.network.weights import AdapterWeights
 from comfyui_braid.engine.training.options import Checkpointing
 from comfyui_braid.engine.training.saving import Saver
@@ -53,6 +55,13 @@ def adapter_state(kind: str, key_format: str) -> dict[str, Tensor]:
     }
     state = encoded(weights, key_format, FLUX)
     return {key: tensor.contiguous() for key, tensor in state.items()}
+
+
+@functools.cache
+def network() -> Network:
+    """A LoRA on every layer of LAYERS, which the adapters are read into."""
+    spec = NetworkSpec(rank=2)
+    return Network({name: build_adapter(layer, spec) for name, layer in LAYERS.items()}, spec)
 
 
 @functools.cache

@@ -32,7 +32,7 @@ from comfyui_braid.engine.magcache.plan import (
 )
 from comfyui_braid.engine.magcache.rules import MagCacheRule, PlannedRule
 from comfyui_braid.engine.magcache.schedule import plan_schedule
-from comfyui_braid.engine.network.checkpoint import load_weights, network_from, read_adapter
+from comfyui_braid.engine.network.checkpoint import load_weights, read_adapter
 from comfyui_braid.engine.network.keys import KEY_FORMATS, encoded
 from comfyui_braid.engine.network.metadata import parse_metadata
 from comfyui_braid.engine.network.spec import NetworkSpec, TargetPatterns, parse_network_args
@@ -90,8 +90,7 @@ def read_any_adapter(data: bytes, folder: Path) -> None:
     path = written(data, folder)
     weights = read_adapter(path, files.LAYERS, files.FLUX)
     with damage_named(path):
-        network = network_from(weights, files.LAYERS, NetworkSpec())
-        load_weights(network, {name: weights[name] for name in network.layer_names[:0]} or weights)
+        load_weights(files.network(), weights)
         for key_format in KEY_FORMATS:
             encoded(weights, key_format, files.FLUX)
 

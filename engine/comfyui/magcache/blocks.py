@@ -49,6 +49,11 @@ def block_keys(patcher: ModelPatcher) -> list[BlockKey]:
     ]
 
 
+def measured_blocks(patcher: ModelPatcher, measure: str) -> list[BlockKey]:
+    """The blocks whose residual is measured; none when it is the whole model's (`latent`)."""
+    return block_keys(patcher) if measure == "blocks" else []
+
+
 def with_hooks(options: dict[str, Any], hooks: dict[BlockKey, Replace]) -> dict[str, Any]:
     """A copy of `transformer_options` with `hooks` around the replacements already there."""
     replaced = dict(options.get("patches_replace", {}))

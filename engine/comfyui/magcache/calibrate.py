@@ -1,75 +1,51 @@
 """Measures a full run: every conditioning's residual, and the guided prediction, step by step."""
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
-import comfy.model_patcher
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import WrappersMP
+from comfy.patcher_extension import WrapperExecutor
+from comfy.samplers import Sampler
 from torch import Tensor
 
-from ...magcache.calibration import ResidualRecorder, average_plans, calibrated_plan
+from ...magcache.calibration import GUIDED, Measurement, average_of_alike
 from ...magcache.clock import StepClock
 from ...magcache.curve import falls
-from ...magcache.plan import POSITIVE, Conditions, MagCachePlan
-from ...magcache.residuals import Key, slices, velocity
-from .blocks import BlockKey, StackMeasure, block_keys, with_hooks
+from ...magcache.plan import Conditions, MagCachePlan
+from ...magcache.residuals import velocity
+from .blocks import BlockKey, measured_blocks
 from .conditions import run_conditions
-from .patch import CALIBRATE_KEY, detach, refuse_rivals
-from .run import KEY, ConditioningNames, conditioning_keys
 from .samplers import calls_follow_schedule
+from .wrappers import CALIBRATE, ModelCall, computed, put_on, refuse_rivals, running
 
-GUIDED = "guided prediction"
 KEPT_RUNS = 16
 
 
-@dataclass
-class Measurement:
-    """One run while it is being measured."""
+class MeasuredRun(Measurement):
+    """A run that computes everything and records its residuals; `blocks` as in `CachedRun`."""
 
-    conditions: Conditions
-    blocks: list[BlockKey]
-    clock: StepClock
-    step: int = 0
-    sigma: float = 0.0
-    measured: int = -1
-    """Last step whose own noise level was measured; later calls of that step are not."""
-    active: bool = False
-    calls: dict[Key, int] = field(default_factory=dict)
-    names: ConditioningNames = field(default_factory=ConditioningNames)
-    recorders: dict[str, ResidualRecorder] = field(default_factory=dict)
+    def __init__(self, conditions: Conditions, clock: StepClock, blocks: list[BlockKey]) -> None:
+        super().__init__(conditions, clock)
+        self._blocks = blocks
 
-    def tick(self, timestep: Tensor) -> None:
-        """A new model call of the sampler begins; only the first at each step's level counts."""
-        self.step, self.sigma, on_schedule = self.clock.tick(timestep)
-        self.active = on_schedule and self.step > self.measured and self.sigma > 0
-        self.measured = self.step if self.active else self.measured
-        self.calls.clear()
+    def guided(self, x: Tensor, timestep: Tensor, predict: Callable[[], Tensor]) -> Tensor:
+        """The guided prediction, recorded."""
+        self.tick(timestep)
+        denoised = predict()
+        if self.active:
+            self.add(GUIDED, velocity(x, denoised, self.clock.sigma), channel_dim=1)
+        return denoised
 
-    def add(self, label: str, residual: Tensor, channel_dim: int) -> None:
-        """Record the residual of `label` at this step."""
-        if label not in self.recorders:
-            self.recorders[label] = ResidualRecorder(label, channel_dim)
-        self.recorders[label].add(residual)
-
-    def plan(self) -> MagCachePlan:
-        """The finished plan; ValueError when not every step could be measured."""
-        steps = self.conditions.steps
-        whole = {label: r for label, r in self.recorders.items() if r.steps == steps}
-        guided = whole.pop(GUIDED, None)
-        if guided is None or not whole:
-            raise ValueError(
-                f"MagCache calibration: {self.conditions.sampler} did not call the model at all of "
-                f"its {steps} noise levels; calibrate with euler, and use the plan with any sampler"
-            )
-        recorders = sorted(whole.values(), key=lambda r: not r.label.startswith(POSITIVE))
-        return calibrated_plan(
-            name=f"{self.conditions.model} calibrated at {steps} steps",
-            conditions=self.conditions,
-            recorders=recorders,
-            cached=recorders if self.blocks else [guided],
-            source="measured by MagCache Calibrate",
-        )
+    def applied(self, call: ModelCall) -> Tensor:
+        """The denoised latents of a call, with the residual of every conditioning recorded."""
+        if not self.active:
+            return call.compute(call.options)
+        denoised, residual = computed(call, self.clock.sigma, self._blocks)
+        if residual is not None:
+            for evaluation, part in zip(call.evaluations, call.parts, strict=False):
+                channel_dim = -1 if self._blocks else 1
+                self.add(self.names.name(evaluation), residual[part], channel_dim)
+        return denoised
 
 
 class Calibrator:
@@ -80,19 +56,22 @@ class Calibrator:
         self.plans: list[MagCachePlan] = []
 
     def attach(self, model: ModelPatcher) -> ModelPatcher:
-        """A clone of `model` that computes and measures every step, without any MagCache."""
-        refuse_rivals(model.model_options)
-        if self.measure == "blocks":
-            block_keys(model)
-        patched = model.clone()
-        detach(patched, KEY)
-        detach(patched, CALIBRATE_KEY)
-        patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, CALIBRATE_KEY, self.outer_sample)
-        patched.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, CALIBRATE_KEY, predict_noise)
-        patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, CALIBRATE_KEY, apply_model)
-        return patched
+        """A clone of `model` that computes and measures every step, without any MagCache.
 
-    def outer_sample(self, executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
+        ValueError when it has another cache, or no hooks for the blocks that are to be measured.
+        """
+        return put_on(model, CALIBRATE, self.measure, self.outer_sample)
+
+    def outer_sample(
+        self,
+        executor: WrapperExecutor,
+        noise: Tensor,
+        latent_image: Tensor,
+        sampler: Sampler,
+        sigmas: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
         """OUTER_SAMPLE wrapper: measure a run; an interrupted run leaves the handle as it was."""
         guider = executor.class_obj
         refuse_rivals(guider.model_options)
@@ -104,18 +83,13 @@ class Calibrator:
                 "MagCache Calibrate: the noise levels do not fall from step to step; calibrate "
                 "with a sampling run that goes from noise to picture"
             )
-        run = Measurement(
-            conditions=run_conditions(guider, sampler, levels, noise, self.measure),
-            blocks=block_keys(guider.model_patcher) if self.measure == "blocks" else [],
-            clock=StepClock(levels, calls_follow_schedule(sampler)),
+        run = MeasuredRun(
+            run_conditions(guider, sampler, levels, noise, self.measure),
+            StepClock(levels, calls_follow_schedule(sampler)),
+            measured_blocks(guider.model_patcher, self.measure),
         )
-        original = guider.model_options
-        guider.model_options = comfy.model_patcher.create_model_options_clone(original)
-        guider.model_options.setdefault("transformer_options", {})[CALIBRATE_KEY] = run
-        try:
+        with running(guider, CALIBRATE, run):
             samples = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
-        finally:
-            guider.model_options = original
         self.plans = [*self.plans, run.plan()][-KEPT_RUNS:]
         return samples
 
@@ -127,54 +101,4 @@ class Calibrator:
                 "calibrating model. If it is connected, the sampler's result came from ComfyUI's "
                 "cache: change its seed and queue again"
             )
-        last = self.plans[-1]
-        alike = [
-            plan
-            for plan in self.plans
-            if plan.conditions == last.conditions
-            and [c.label for c in plan.curves] == [c.label for c in last.curves]
-        ]
-        return average_plans(alike)
-
-
-def predict_noise(executor, x, timestep, model_options=None, seed=None):
-    """PREDICT_NOISE wrapper: the guided prediction of one model call."""
-    model_options = model_options or {}
-    run = model_options.get("transformer_options", {}).get(CALIBRATE_KEY)
-    if run is None:
-        return executor(x, timestep, model_options, seed)
-    run.tick(timestep)
-    denoised = executor(x, timestep, model_options, seed)
-    if run.active:
-        run.add(GUIDED, velocity(x, denoised, run.sigma), channel_dim=1)
-    return denoised
-
-
-def apply_model(
-    executor,
-    x,
-    t,
-    c_concat=None,
-    c_crossattn=None,
-    control=None,
-    transformer_options=None,
-    **kwargs,
-):
-    """APPLY_MODEL wrapper: the residual of every conditioning of a batch."""
-    options = transformer_options or {}
-    run = options.get(CALIBRATE_KEY)
-    options = {key: value for key, value in options.items() if key != CALIBRATE_KEY}
-
-    def compute(options: dict[str, Any]) -> Tensor:
-        return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
-
-    if run is None or not run.active or "uuids" not in options:
-        return compute(options)
-    keys = conditioning_keys(options, x, run.calls)
-    stack = StackMeasure(run.blocks) if run.blocks else None
-    denoised = compute(with_hooks(options, stack.hooks()) if stack else options)
-    residual = stack.residual if stack else velocity(x, denoised, run.sigma)
-    parts = slices(x.shape[0], len(keys))
-    for key, index, part in zip(keys, options["cond_or_uncond"], parts, strict=False):
-        run.add(run.names.name(key, index), residual[part], channel_dim=-1 if stack else 1)
-    return denoised
+        return average_of_alike(self.plans)

@@ -4,8 +4,8 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
 
+from ...canvas import Pixels
 from ...training.figure import draw_history
 from ...training.loop import TrainingRun, TrainingStep
 from .preview import Previewer
@@ -24,7 +24,7 @@ class LivePicture:
     _next_at: float = 0.0
     _warm: bool = False
 
-    def __call__(self, step: TrainingStep) -> Image.Image | None:
+    def __call__(self, step: TrainingStep) -> Pixels | None:
         """None, to leave the shown one, where drawing would take too large a share of the time."""
         run, now = self.run, time.perf_counter()
         sample = self.previewer.last if self.previewer else None

@@ -37,7 +37,7 @@ def averaging_section(model: Flux, trained: Trained) -> Section:
         "cent are noise.",
         pictures=[
             Picture(
-                pixels=draw_weights(plan)[0].numpy(),
+                pixels=draw_weights(plan),
                 caption="What each checkpoint counts, over the ideal profile.",
             )
         ],

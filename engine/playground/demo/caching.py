@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ...magcache.calibration import ResidualRecorder, calibrated_plan
-from ...magcache.figure import schedule_picture
+from ...magcache.figure import draw_schedule
 from ...magcache.plan import POSITIVE, Conditions, MagCachePlan
 from ...magcache.rules import MagCacheRule, PlannedRule
 from ...magcache.schedule import Schedule, plan_schedule
@@ -44,7 +44,7 @@ def caching_section(model: Flux) -> Section:
                 decibel(_denoise(model, sigmas, TEST_SEED, planned), full),
             ]
         )
-        picture = schedule_picture(planned, "planned")
+        picture = draw_schedule(planned, "planned")
         pictures.append(Picture(pixels=picture, caption=f"The plan for {speedup:g} times fewer."))
     return Section(
         title="MagCache, calibrated and planned",

@@ -17,7 +17,7 @@ from ...network.checkpoint import state_dict_of, write_adapter
 from ...network.metadata import adapter_metadata
 from ...network.spec import NetworkSpec
 from ...network.targets import TargetReport, select_targets
-from ...timesteps.figure import draw_figure
+from ...timesteps.figure import draw_preview
 from ...timesteps.preview import PreviewSettings, measure_preview
 from ...timesteps.sampling import TimestepSampling
 from ...timesteps.stream import TimestepStream
@@ -72,9 +72,9 @@ def noise_levels() -> Section:
     preview = measure_preview(PreviewSettings(sampling=SAMPLING, width=32, height=32))
     return Section(
         title="Which noise levels are trained",
-        text="The law of the noise level t (1 = pure noise) and a draw of it through the trainer's "
-        "own call path, in eight buckets per epoch.",
-        pictures=[Picture(pixels=draw_figure(preview)[0].numpy(), caption="Planned and drawn t.")],
+        text="The distribution of the noise level t (1 = pure noise) and a draw of it through the "
+        "trainer's own call path, in eight buckets per epoch.",
+        pictures=[Picture(pixels=draw_preview(preview), caption="Planned and drawn t.")],
     )
 
 
@@ -134,7 +134,7 @@ def training_section(model: Flux, trained: Trained) -> Section:
         f"{PLAN.batch_size} pictures in {trained.seconds:.0f} s.",
         pictures=[
             Picture(pixels=tiled([taught], 6), caption="Training pictures: outlined in red."),
-            Picture(pixels=np.asarray(curve), caption="Loss of each step."),
+            Picture(pixels=curve, caption="Loss of each step."),
             Picture(
                 pixels=tiled([*plain, *learned], 6),
                 caption="The same noise without (above) and with the LoRA (below).",

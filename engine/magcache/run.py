@@ -1,8 +1,11 @@
-"""What a run with MagCache did."""
+"""One run under the cache: what it remembers and decides, and the report of what it did."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .clock import StepClock
+from .residuals import ConditioningNames, Evaluation, ResidualCache
 from .schedule import Schedule
 
 
@@ -11,6 +14,7 @@ class ConditioningCount:
     """Which steps of one conditioning were computed and which predicted."""
 
     label: str
+    """`positive`, `negative`, `positive 2` …"""
     computed: tuple[int, ...]
     """Step index of every model evaluation."""
     skipped: tuple[int, ...]
@@ -24,6 +28,7 @@ class RunReport:
     schedule: Schedule
     """What was to be skipped; what could not be predicted was computed all the same."""
     conditionings: tuple[ConditioningCount, ...]
+    """In the order in which they appeared."""
     seconds: float
     """Wall time of the sampler."""
 
@@ -71,17 +76,47 @@ class RunReport:
         }
 
 
-def schedule_dict(schedule: Schedule) -> dict[str, Any]:
-    """A schedule as the plan node's JSON and the live strip's numbers."""
-    return {
-        "steps": schedule.steps,
-        "skipped": list(schedule.skipped),
-        "computed": schedule.computed,
-        "speedup": round(schedule.speedup, 4),
-        "error": schedule.error,
-        "predicted_rms": schedule.predicted_rms,
-        "accumulated": [round(value, 8) for value in schedule.accumulated],
-        "sigmas": [round(sigma, 6) for sigma in schedule.sigmas],
-        "predict": "extrapolate" if schedule.extrapolate else "reuse",
-        "warnings": list(schedule.warnings),
-    }
+class Run:
+    """Everything one sampling run remembers; dropped when the run ends."""
+
+    def __init__(self, schedule: Schedule, clock: StepClock) -> None:
+        self.clock = clock
+        self.cache = ResidualCache(schedule.extrapolate)
+        self._schedule = schedule
+        self._predicted_from = schedule.predicted_from
+        self._names = ConditioningNames()
+        self._computed: dict[str, list[int]] = {}
+        self._predicted: dict[str, list[int]] = {}
+
+    def may_skip(self, evaluations: Sequence[Evaluation]) -> bool:
+        """True when the schedule skips this step and every conditioning has a residual of the step
+        that the schedule counts on; an older one would say little."""
+        base = self._predicted_from.get(self.clock.step)
+        return base is not None and all(self.cache.holds(each, base) for each in evaluations)
+
+    @property
+    def remembers(self) -> bool:
+        """True when what is computed now may be needed later."""
+        return bool(self._predicted_from) and self.clock.on_schedule and self.clock.sigma > 0
+
+    def note(self, evaluations: Sequence[Evaluation], skipped: bool) -> None:
+        """Count a call of the model for the report."""
+        into = self._predicted if skipped else self._computed
+        for evaluation in evaluations:
+            into.setdefault(self._names.name(evaluation), []).append(self.clock.step)
+
+    def report(self, seconds: float) -> RunReport:
+        """What was computed and what predicted, in `seconds` of wall time."""
+        names = dict.fromkeys([*self._computed, *self._predicted])
+        return RunReport(
+            schedule=self._schedule,
+            conditionings=tuple(
+                ConditioningCount(
+                    label=name,
+                    computed=tuple(self._computed.get(name, ())),
+                    skipped=tuple(self._predicted.get(name, ())),
+                )
+                for name in names
+            ),
+            seconds=seconds,
+        )

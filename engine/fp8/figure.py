@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..canvas import new_figure, pixels_of
+from ..canvas import Pixels, new_figure, pixels_of
 from .report import WORTH_EXEMPTING, Fp8Report
 
 if TYPE_CHECKING:
@@ -19,8 +19,8 @@ WORSE = "#e8864c"
 NAMED_LAYERS = 5
 
 
-def error_chart(report: Fp8Report) -> np.ndarray:
-    """Relative RMS error of each measured layer, in model order: RGB uint8 [height, width, 3]."""
+def draw_errors(report: Fp8Report) -> Pixels:
+    """Relative RMS error of each measured layer, in model order."""
     figure = new_figure(9, 3.8, dpi=110, paper=PAPER, layout="constrained")
     axes = figure.add_subplot(facecolor=PAPER)
     if report.measured:
