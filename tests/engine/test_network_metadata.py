@@ -116,5 +116,5 @@ def test_broken_metadata_says_where():
     with pytest.raises(ValueError, match="'a.ud800' holds half of a character"):
         parse_metadata('{"a\\ud800": 1}')
     for text in ("[" * 100_000, '{"a":' * 100_000, '{"a": ' + "9" * 100_000 + "}"):
-        with pytest.raises(ValueError, match="metadata: not JSON"):
+        with pytest.raises(ValueError, match="metadata: .*JSON"):
             parse_metadata(text)
