@@ -6,7 +6,10 @@ COMFYUI := $(shell cd tests && $(PYTHON) -c "from host.find import find_comfyui;
 # Named after what that ComfyUI needs, so that one which is found later, or updated, is set up too.
 NEEDS := $(if $(COMFYUI),.venv/comfyui-$(shell cksum < "$(COMFYUI)/requirements.txt" | cut -d" " -f1).ready)
 
-.PHONY: demo test demo-comfyui bench lint clean
+# tests/host finds, starts and browses the ComfyUI that a tool writes with.
+TOOL := PYTHONPATH=tests $(BIN)/python -m tools
+
+.PHONY: demo test demo-comfyui bench lint workflows pictures help-tables pretrain clean
 
 demo: .venv/demo.ready  ## The main job without ComfyUI: train, average, quantise, cache; ends with a report page
 	$(BIN)/python -m comfyui_braid.engine.playground.demo
@@ -15,16 +18,27 @@ test: .venv/test.ready $(NEEDS)  ## The whole suite; parts that need a ComfyUI o
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 demo-comfyui: $(if $(NEEDS),.venv/test.ready $(NEEDS))  ## Run the example workflow in a real ComfyUI over its API
-	cd tests && $(if $(NEEDS),../$(BIN)/python,$(PYTHON)) -m host.demo
+	PYTHONPATH=tests $(if $(NEEDS),$(BIN)/python,$(PYTHON)) -m tools.demo
 
 bench: .venv/test.ready $(NEEDS)  ## Ratios measured side by side, one thread
 	for bench in tests/bench/bench_*.py; do OMP_NUM_THREADS=1 $(BIN)/python $$bench || exit 1; done
 
-lint: .venv/test.ready
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+workflows: .venv/test.ready $(NEEDS)  ## Write example_workflows/ and subgraphs/ again, in a real ComfyUI and Chromium
+	$(TOOL).examples $(ONLY)
+	$(TOOL).blueprints
+
+pictures: .venv/test.ready $(NEEDS)  ## Take every picture of README and help again: ten minutes; ONLY="looks" takes some
+	$(TOOL).pictures
+	$(TOOL).photographs $(ONLY)
+
+help-tables: .venv/test.ready $(NEEDS)  ## Bring the input tables of the help pages in step with the node schemas
+	$(TOOL).help_tables
+
+pretrain: .venv/demo.ready  ## Train the playground's weights again: 40 minutes, and the goldens change with them
+	$(TOOL).pretrain
 
 clean:
-	rm -rf .venv demo_report
+	rm -rf .venv build demo_report
 
 .venv/demo.ready: tests/requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv

@@ -137,7 +137,7 @@ def test_make_sets_up_a_comfyui_that_is_found_only_later_and_says_at_once_when_t
     (tmp_path / "requirements.txt").write_text("aiohttp\nalembic\n")
     stamp = re.compile(r"touch (\.venv/comfyui-\d+\.ready)")
     assert stamp.findall(first) != stamp.findall(planned(tmp_path))
-    assert planned("").split() == ["cd", "tests", "&&", "python3", "-m", "host.demo"]
+    assert planned("").split() == ["PYTHONPATH=tests", "python3", "-m", "tools.demo"]
 
 
 SCRIPTS = sorted((ROOT / "web").rglob("*.js"))
