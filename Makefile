@@ -9,7 +9,12 @@ NEEDS := $(if $(COMFYUI),.venv/comfyui-$(shell cksum < "$(COMFYUI)/requirements.
 # tests/host finds, starts and browses the ComfyUI that a tool writes with.
 TOOL := PYTHONPATH=tests $(BIN)/python -m tools
 
-.PHONY: demo test demo-comfyui bench lint workflows pictures help-tables pretrain clean
+# The checker of web/; a folder for each version, so that another one is installed anew.
+NPM := $(shell command -v npm)
+TYPESCRIPT := 5.9.3
+TSC := build/typescript-$(TYPESCRIPT)/node_modules/.bin/tsc
+
+.PHONY: demo test demo-comfyui bench lint style spelling types web-types workflows pictures help-tables pretrain clean
 
 demo: .venv/demo.ready  ## The main job without ComfyUI: train, average, quantise, cache; ends with a report page
 	$(BIN)/python -m comfyui_braid.engine.playground.demo
@@ -22,6 +27,25 @@ demo-comfyui: $(if $(NEEDS),.venv/test.ready $(NEEDS))  ## Run the example workf
 
 bench: .venv/test.ready $(NEEDS)  ## Ratios measured side by side, one thread
 	for bench in tests/bench/bench_*.py; do OMP_NUM_THREADS=1 $(BIN)/python $$bench || exit 1; done
+
+lint: style spelling web-types types  ## ruff, codespell, TypeScript's checker on web/, mypy; `make -k lint` runs all to the end
+
+style: .venv/test.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+spelling: .venv/test.ready
+	$(BIN)/codespell
+
+types: .venv/test.ready
+	mkdir -p build/lint && ln -sfn ../.. build/lint/comfyui_braid
+	cd build/lint && ../../$(BIN)/mypy --config-file ../../pyproject.toml
+
+web-types: $(if $(NPM),$(TSC))
+	$(if $(NPM),$(TSC) --project tools/web_types,@echo "SKIPPED: web/ is not type-checked: there is no npm here" >&2)
+
+$(TSC):
+	$(NPM) install --silent --no-audit --no-fund --prefix $(@D)/../.. typescript@$(TYPESCRIPT)
 
 workflows: .venv/test.ready $(NEEDS)  ## Write example_workflows/ and subgraphs/ again, in a real ComfyUI and Chromium
 	$(TOOL).examples $(ONLY)
