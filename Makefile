@@ -6,7 +6,15 @@ COMFYUI := $(shell cd tests && $(PYTHON) -c "from host.find import find_comfyui;
 # Named after what that ComfyUI needs, so that one which is found later, or updated, is set up too.
 NEEDS := $(if $(COMFYUI),.venv/comfyui-$(shell cksum < "$(COMFYUI)/requirements.txt" | cut -d" " -f1).ready)
 
-.PHONY: demo test demo-comfyui faults bench lint clean
+# tests/host finds, starts and browses the ComfyUI that a tool writes with.
+TOOL := PYTHONPATH=tests $(BIN)/python -m tools
+
+# The checker of web/; a folder for each version, so that another one is installed anew.
+NPM := $(shell command -v npm)
+TYPESCRIPT := 5.9.3
+TSC := build/typescript-$(TYPESCRIPT)/node_modules/.bin/tsc
+
+.PHONY: demo test demo-comfyui faults fuzz bench lint style spelling types web-types workflows pictures help-tables pretrain clean
 
 demo: .venv/demo.ready  ## The main job without ComfyUI: train, average, quantise, cache; ends with a report page
 	$(BIN)/python -m comfyui_braid.engine.playground.demo
@@ -15,19 +23,52 @@ test: .venv/test.ready $(NEEDS)  ## The whole suite; parts that need a ComfyUI o
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 demo-comfyui: $(if $(NEEDS),.venv/test.ready $(NEEDS))  ## Run the example workflow in a real ComfyUI over its API
-	cd tests && $(if $(NEEDS),../$(BIN)/python,$(PYTHON)) -m host.demo
+	PYTHONPATH=tests $(if $(NEEDS),$(BIN)/python,$(PYTHON)) -m tools.demo
 
 faults: .venv/test.ready $(NEEDS)  ## 64 processes killed while they write: nothing damaged, nothing left
 	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m faults
 
+fuzz: .venv/test.ready $(NEEDS)  ## 100,000 damaged files and hostile texts: each accepted, or refused in one sentence
+	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m fuzz
+
 bench: .venv/test.ready $(NEEDS)  ## Ratios measured side by side, one thread
 	for bench in tests/bench/bench_*.py; do OMP_NUM_THREADS=1 $(BIN)/python $$bench || exit 1; done
 
-lint: .venv/test.ready
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+lint: style spelling web-types types  ## ruff, codespell, TypeScript's checker on web/, mypy; `make -k lint` runs all to the end
+
+style: .venv/test.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+spelling: .venv/test.ready
+	$(BIN)/codespell
+
+types: .venv/test.ready
+	mkdir -p build/lint && ln -sfn ../.. build/lint/comfyui_braid
+	cd build/lint && ../../$(BIN)/mypy --config-file ../../pyproject.toml
+
+web-types: $(if $(NPM),$(TSC))
+	$(if $(NPM),$(TSC) --project tools/web_types,@echo "SKIPPED: web/ is not type-checked: there is no npm here" >&2)
+
+$(TSC):
+	$(NPM) install --silent --no-audit --no-fund --prefix $(@D)/../.. typescript@$(TYPESCRIPT)
+
+workflows: .venv/test.ready $(NEEDS)  ## Write example_workflows/ and subgraphs/ again, in a real ComfyUI and Chromium
+	$(TOOL).examples $(ONLY)
+	$(TOOL).blueprints
+
+pictures: .venv/test.ready $(NEEDS)  ## Take every picture of README and help again: ten minutes; ONLY="looks" takes some
+	$(TOOL).pictures
+	$(TOOL).photographs $(ONLY)
+
+help-tables: .venv/test.ready $(NEEDS)  ## Bring the input tables of the help pages in step with the node schemas
+	$(TOOL).help_tables
+
+pretrain: .venv/demo.ready  ## Train the playground's weights again: 40 minutes, and the goldens change with them
+	$(TOOL).pretrain
 
 clean:
-	rm -rf .venv demo_report
+	rm -rf .venv build demo_report
 
 .venv/demo.ready: tests/requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv

@@ -23,6 +23,17 @@ HOST = {
 }
 MAY_USE = {"training": {"network", "timesteps"}}
 FEATURES = {"network", "timesteps", "training", "ema", "fp8", "magcache", "playground", "comfyui"}
+ROOMS_MAY_USE = {
+    "differentiable": set(),
+    "magcache": set(),
+    "fp8": {"differentiable"},
+    "training": {"differentiable"},
+}
+"""The rooms of engine/comfyui; its files model.py, progress.py and playground.py are for all."""
+MOST_FILES, MOST_LINES, LONGEST_FUNCTION, NINE_OF_TEN = 12, 300, 50, 20
+"""Of a folder of the engine; of a file; of a function of the engine, `def` to its last line."""
+MAY_IMPORT_TOOLS = {"browser/test_blueprints.py", "comfyui/test_help_tables.py"}
+"""Tests of generated files against what generates them."""
 SOURCES = sorted((ROOT / "engine").rglob("*.py")) + sorted((ROOT / "nodes").rglob("*.py"))
 
 
@@ -69,6 +80,11 @@ def _check_relative(path, room, target):
         return
     assert target[0] == "engine", f"{path}: the engine must not import {'.'.join(target)}"
     feature = room[1]
+    if feature == "comfyui" and len(room) > 3 and target[1:2] == ("comfyui",):
+        other = target[2] if len(target) > 2 else None
+        if other in ROOMS_MAY_USE and other != room[2]:
+            allowed = ROOMS_MAY_USE[room[2]]
+            assert other in allowed, f"{path}: comfyui.{room[2]} must not import comfyui.{other}"
     if feature == "comfyui" or len(target) < 2:
         return
     other = target[1]
@@ -76,6 +92,69 @@ def _check_relative(path, room, target):
         is_demo = room[:3] == ("engine", "playground", "demo")
         allowed = FEATURES - {"comfyui"} if is_demo else MAY_USE.get(feature, set())
         assert other in allowed, f"{path}: engine.{feature} must not import engine.{other}"
+
+
+def test_no_import_runs_in_a_circle():
+    names = {_module(path): path for path in SOURCES}
+    uses = {name: _used(path, set(names)) - {name} for name, path in names.items()}
+    while leaves := {name for name, used in uses.items() if not used & set(uses)}:
+        uses = {name: used for name, used in uses.items() if name not in leaves}
+    assert uses == {}, "these import each other, or what lies on such a circle"
+
+
+def _module(path: Path) -> tuple[str, ...]:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return parts[:-1] if parts[-1] == "__init__" else parts
+
+
+def _used(path: Path, known: set[tuple[str, ...]]) -> set[tuple[str, ...]]:
+    """The modules of the pack that a file imports anywhere; of a name in one, the module."""
+    package = path.relative_to(ROOT).with_suffix("").parts
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = package[: len(package) - node.level]
+            base = (*base, *(node.module.split(".") if node.module else ()))
+            found |= {n if (n := (*base, each.name)) in known else base for each in node.names}
+    return found & known
+
+
+@pytest.mark.parametrize(
+    "folder", sorted({path.parent for path in SOURCES}), ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_a_folder_has_room_for_a_dozen_files(folder):
+    files = sorted(path.name for path in folder.glob("*.py"))
+    assert len(files) <= MOST_FILES, f"{len(files)} files: {', '.join(files)}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_file_is_read_in_one_sitting(path):
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines <= MOST_LINES, f"{lines} lines, at most {MOST_LINES}"
+
+
+def test_functions_of_the_engine_are_short():
+    lengths = {
+        f"{path.relative_to(ROOT)}:{node.lineno} {node.name}": node.end_lineno - node.lineno + 1
+        for path in SOURCES
+        if path.is_relative_to(ROOT / "engine")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    }
+    assert {name: n for name, n in lengths.items() if n > LONGEST_FUNCTION} == {}
+    assert sorted(lengths.values())[int(0.9 * len(lengths))] <= NINE_OF_TEN
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "tests").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_no_test_file_is_imported_and_tools_only_by_the_tests_of_what_they_write(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    names = [a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names]
+    names += [n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
+    assert [name for name in names if re.search(r"(^|\.)test_", name)] == []
+    if path.relative_to(ROOT / "tests").as_posix() not in MAY_IMPORT_TOOLS:
+        assert [name for name in names if name.split(".")[0] == "tools"] == []
 
 
 def test_the_pack_root_imports_nothing_while_loading():
@@ -128,15 +207,6 @@ def test_only_one_file_matches_the_regular_expressions_of_users():
     assert found == ["patterns.py"]
 
 
-def test_manager_installs_what_pyproject_names():
-    project = (ROOT / "pyproject.toml").read_text().split("dependencies = [")[1].split("]")[0]
-    lines = (ROOT / "requirements.txt").read_text().splitlines()
-    wanted = [line for line in lines if line and not line.startswith("#")]
-    assert wanted == re.findall(r'"([^"]+)"', project)
-    # The registry takes the front end's version only with all three parts.
-    assert any(re.fullmatch(r"comfyui-frontend-package>=\d+\.\d+\.\d+", line) for line in wanted)
-
-
 def test_make_sets_up_a_comfyui_that_is_found_only_later_and_says_at_once_when_there_is_none(
     tmp_path,
 ):
@@ -152,7 +222,7 @@ def test_make_sets_up_a_comfyui_that_is_found_only_later_and_says_at_once_when_t
     (tmp_path / "requirements.txt").write_text("aiohttp\nalembic\n")
     stamp = re.compile(r"touch (\.venv/comfyui-\d+\.ready)")
     assert stamp.findall(first) != stamp.findall(planned(tmp_path))
-    assert planned("").split() == ["cd", "tests", "&&", "python3", "-m", "host.demo"]
+    assert planned("").split() == ["PYTHONPATH=tests", "python3", "-m", "tools.demo"]
 
 
 SCRIPTS = sorted((ROOT / "web").rglob("*.js"))

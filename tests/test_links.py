@@ -78,7 +78,7 @@ def test_every_address_is_https(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_file_that_a_text_names_is_there(page):
-    folders = (ROOT, DOCS, *(ROOT / name for name in ("engine", "nodes", "tests", "web")))
+    folders = (ROOT, DOCS, *(ROOT / name for name in ("engine", "nodes", "tests", "tools", "web")))
     for name in NAMED_FILE.findall(page.read_text(encoding="utf-8")):
         found = any(next(folder.rglob(name), None) for folder in folders[1:])
         assert found or next(ROOT.glob(name), None), f"{page}: no file {name}"

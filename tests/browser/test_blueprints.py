@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from host.blueprints import BLUEPRINTS, FOLDER
+
+from tools.blueprints import BLUEPRINTS, FOLDER
 
 INSERT = """async ({ name, text }) => {
     const blueprint = JSON.parse(text);

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 from host.find import PACK, find_comfyui
-from host.workflows import EXAMPLES, Graph, read_workflow, to_prompt
+from host.prompts import prompt_nodes
+from host.workflows import EXAMPLES, read_workflow, to_prompt
 
 WORKFLOWS = sorted(EXAMPLES.glob("0*.json"))
 FEWER = {
@@ -66,59 +67,52 @@ def test_a_playground_workflow_runs_to_its_end(path, run, server):
     assert all((server.base / image["type"] / image["filename"]).exists() for image in shown)
 
 
+def training(server, **given) -> dict:
+    """Prompt of a short run on the playground as node "run"; `given` are inputs of Train LoRA."""
+    node = prompt_nodes(server.object_info())
+    return {
+        "model": node("BraidPlaygroundModel"),
+        "data": node("BraidPlaygroundDataset", count=4),
+        "network": node("BraidNetwork", network_dim=2),
+        "run": node(
+            "BraidTrainLora",
+            model=["model", 0],
+            latents=["data", 0],
+            positive=["data", 1],
+            network=["network", 0],
+            mixed_precision="no",
+            **given,
+        ),
+    }
+
+
 def test_compile_and_load_checkpoints_run_though_workflows_show_them_switched_off(server):
-    graph = Graph(server.object_info())
-    graph.column("", "#000")
-    model = graph.add("BraidPlaygroundModel")
-    data = graph.add("BraidPlaygroundDataset", count=4)
-    network = graph.add("BraidNetwork", network_dim=2)
-    compiled = graph.add("BraidCompile", dynamo_backend="eager")
-    kept = graph.add("BraidCheckpointing", save_every_n_steps=1, options=compiled["options"])
-    trained = graph.add(
-        "BraidTrainLora",
-        model=model["model"],
-        latents=data["latents"],
-        positive=data["positive"],
-        network=network["network"],
-        options=kept["options"],
-        steps=3,
-        mixed_precision="no",
-        output_name="unshown",
-    )
-    graph.add("BraidSaveLora", lora=trained["lora"], filename_prefix="loras/unshown_saved")
-    graph.add("PreviewAny", source=trained["report"])
-    entry = server.queue(to_prompt(graph.to_json(), server.object_info()))
-    report = next(
-        o["text"][0] for o in entry["outputs"].values() if "text" in o and "plan" in str(o)
-    )
-    assert json.loads(report)["compiled"] == "6 blocks"
+    node = prompt_nodes(server.object_info())
+    prompt = training(server, options=["kept", 0], steps=3, output_name="unshown") | {
+        "compiled": node("BraidCompile", dynamo_backend="eager"),
+        "kept": node("BraidCheckpointing", save_every_n_steps=1, options=["compiled", 0]),
+        "save": node("BraidSaveLora", lora=["run", 0], filename_prefix="loras/unshown_saved"),
+        "report": node("PreviewAny", source=["run", 3]),
+    }
+    entry = server.queue(prompt)
+    report = json.loads(entry["outputs"]["report"]["text"][0])
+    assert report["compiled"] == "6 blocks"
     assert list((server.base / "output" / "loras").glob("unshown_saved*.safetensors"))
 
-    graph = Graph(server.object_info())
-    graph.column("", "#000")
-    checkpoints = graph.add("BraidLoadCheckpoints", folder="unshown")
-    average = graph.add("BraidPostHocEma", checkpoints=checkpoints["checkpoints"])
-    graph.add("PreviewAny", source=average["report"])
-    entry = server.queue(to_prompt(graph.to_json(), server.object_info()))
-    reports = [o["text"][0] for o in entry["outputs"].values() if "text" in o]
-    assert json.loads(reports[0])["steps"] == [1, 2, 3]
+    prompt = {
+        "files": node("BraidLoadCheckpoints", folder="unshown"),
+        "average": node("BraidPostHocEma", checkpoints=["files", 0]),
+        "report": node("PreviewAny", source=["average", 2]),
+    }
+    entry = server.queue(prompt)
+    assert json.loads(entry["outputs"]["report"]["text"][0])["steps"] == [1, 2, 3]
 
 
 def test_a_log_says_which_package_it_lacks_before_anything_is_trained(server):
-    graph = Graph(server.object_info())
-    graph.column("", "#000")
-    data = graph.add("BraidPlaygroundDataset", count=4)
-    graph.add(
-        "BraidTrainLora",
-        model=graph.add("BraidPlaygroundModel")["model"],
-        latents=data["latents"],
-        positive=data["positive"],
-        network=graph.add("BraidNetwork", network_dim=2)["network"],
-        options=graph.add("BraidTrainingLog")["options"],
-        output_name="unlogged",
-    )
+    node = prompt_nodes(server.object_info())
+    prompt = training(server, options=["log", 0], output_name="unlogged")
     with pytest.raises(RuntimeError, match="pip install tensorboard"):
-        server.queue(to_prompt(graph.to_json(), server.object_info()))
+        server.queue(prompt | {"log": node("BraidTrainingLog")})
     assert not list((server.base / "output").rglob("unlogged*.safetensors"))
 
 

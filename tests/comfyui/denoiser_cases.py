@@ -1,4 +1,4 @@
-"""What the denoiser tests share: FP8 twins of the tiny models, networks, one step."""
+"""What the denoiser tests share: FP8 twins of the tiny models, networks, a step, its reference."""
 
 import json
 from contextlib import contextmanager
@@ -9,7 +9,9 @@ import comfy.supported_models
 import torch
 from tiny_models import MODELS, build, conditioning, latent
 
-from comfyui_braid.engine.comfyui.differentiable.denoiser import training_session
+from comfyui_braid.engine.comfyui.differentiable.conditioning import stacked
+from comfyui_braid.engine.comfyui.differentiable.denoiser import _attention, training_session
+from comfyui_braid.engine.comfyui.differentiable.noise_levels import sigma_at
 from comfyui_braid.engine.network.architectures import architecture_of
 from comfyui_braid.engine.network.attach import attached, build_network
 from comfyui_braid.engine.network.spec import NetworkSpec, TargetPatterns
@@ -99,3 +101,49 @@ def relative_error(given: dict, expected: dict) -> float:
     names = [n for n, g in expected.items() if g is not None]
     difference = sum((given[n] - expected[n]).double().square().sum() for n in names)
     return float((difference / sum(expected[n].double().square().sum() for n in names)).sqrt())
+
+
+def plain_autograd(patcher, name):
+    """The reference: ComfyUI's own layers under torch's own guard against in-place changes."""
+    with training_session(patcher, compute_dtype=torch.float32) as denoiser:
+        network = network_for(denoiser, everything=True)
+        data = batch(denoiser, name)
+        target, noised = denoiser.target(*data[:3]), denoiser.noised_input(*data[:3])
+        arguments = stacked(data[3], denoiser.device)
+        sigma = sigma_at(denoiser.sampling, data[2])
+    model = patcher.model
+    seen = []
+    hook = model.diffusion_model.register_forward_hook(lambda m, i, output: seen.append(output))
+    comfy.model_management.in_training = True
+    try:
+        with (
+            attached(model.diffusion_model, network),
+            torch.autograd.graph.allow_mutation_on_saved_tensors(),
+        ):
+            options = {"optimized_attention_override": _attention}
+            model.apply_model(noised, sigma, transformer_options=options, **arguments)
+            (seen[-1] - target).square().mean().backward()
+    finally:
+        comfy.model_management.in_training = False
+        hook.remove()
+    return {n: p.grad for n, p in network.named_parameters()}
+
+
+def state_of(patcher):
+    """Everything a session could leave behind: attributes, hooks, tensors, flags."""
+    modules = {
+        name: (
+            {k: id(v) for k, v in vars(m).items() if not k.startswith("_") and k != "training"},
+            {k: id(v) for k, v in m._parameters.items()},
+            {k: id(v) for k, v in m._buffers.items()},
+            (len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)),
+        )
+        for name, m in patcher.model.named_modules()
+    }
+    flags = (
+        comfy.model_management.in_training,
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+    )
+    options = repr(patcher.model_options)
+    return modules, flags, options, [p.requires_grad for p in patcher.model.parameters()]

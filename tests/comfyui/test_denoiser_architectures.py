@@ -5,9 +5,15 @@ import comfy.supported_models
 import pytest
 import tiny_models
 import torch
-from denoiser_cases import batch, gradients, loss_of, relative_error, training
-from test_denoiser_gradients import plain_autograd
-from test_denoiser_session import state_of
+from denoiser_cases import (
+    batch,
+    gradients,
+    loss_of,
+    plain_autograd,
+    relative_error,
+    state_of,
+    training,
+)
 from tiny_models import FLUX, TinyModel, build, sampled
 
 FLUX2 = {

@@ -12,43 +12,15 @@ from denoiser_cases import (
     gradients,
     loss_of,
     network_for,
+    plain_autograd,
     relative_error,
     training,
 )
 from tiny_models import build, latent
 
-from comfyui_braid.engine.comfyui.differentiable.denoiser import _attention, training_session
-from comfyui_braid.engine.network.attach import attached
+from comfyui_braid.engine.comfyui.differentiable.denoiser import training_session
 
 ALL = (*TRANSFORMERS, "sd15")
-
-
-def plain_autograd(patcher, name):
-    """The reference: ComfyUI's own layers under torch's own guard against in-place changes."""
-    with training_session(patcher, compute_dtype=torch.float32) as denoiser:
-        network = network_for(denoiser, everything=True)
-        data = batch(denoiser, name)
-        target, noised = denoiser.target(*data[:3]), denoiser.noised_input(*data[:3])
-        from comfyui_braid.engine.comfyui.differentiable import conditioning, noise_levels
-
-        arguments = conditioning.stacked(data[3], denoiser.device)
-        sigma = noise_levels.sigma_at(denoiser.sampling, data[2])
-    model = patcher.model
-    seen = []
-    hook = model.diffusion_model.register_forward_hook(lambda m, i, output: seen.append(output))
-    comfy.model_management.in_training = True
-    try:
-        with (
-            attached(model.diffusion_model, network),
-            torch.autograd.graph.allow_mutation_on_saved_tensors(),
-        ):
-            options = {"optimized_attention_override": _attention}
-            model.apply_model(noised, sigma, transformer_options=options, **arguments)
-            (seen[-1] - target).square().mean().backward()
-    finally:
-        comfy.model_management.in_training = False
-        hook.remove()
-    return {n: p.grad for n, p in network.named_parameters()}
 
 
 @pytest.mark.parametrize("name", ALL)

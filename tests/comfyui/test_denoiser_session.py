@@ -11,6 +11,7 @@ from denoiser_cases import (
     gradients,
     loss_of,
     relative_error,
+    state_of,
     training,
 )
 from tiny_models import MODELS, build, conditioning, latent, sampled
@@ -18,22 +19,6 @@ from tiny_models import MODELS, build, conditioning, latent, sampled
 from comfyui_braid.engine.comfyui.differentiable.denoiser import training_session
 
 ALL = (*TRANSFORMERS, "sd15")
-
-
-def state_of(patcher):
-    """Everything a session could leave behind: attributes, hooks, tensors, flags."""
-    modules = {
-        name: (
-            {k: id(v) for k, v in vars(m).items() if not k.startswith("_") and k != "training"},
-            {k: id(v) for k, v in m._parameters.items()},
-            {k: id(v) for k, v in m._buffers.items()},
-            (len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)),
-        )
-        for name, m in patcher.model.named_modules()
-    }
-    flags = (mm.in_training, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
-    options = repr(patcher.model_options)
-    return modules, flags, options, [p.requires_grad for p in patcher.model.parameters()]
 
 
 def with_lora(patcher):

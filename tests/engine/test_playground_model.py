@@ -14,7 +14,7 @@ def model():
 def test_the_committed_weights_are_small_and_say_how_they_were_made():
     assert WEIGHTS.stat().st_size <= 6 * 2**20
     record = read_record()
-    assert record["script"] == "engine/playground/pretrain.py"
+    assert record["script"] == "engine/playground/pretrain.py"  # tools/pretrain.py since
     assert record["steps"] == record["of"] >= 8000
 
 

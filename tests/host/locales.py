@@ -13,13 +13,18 @@ from .inprocess import import_comfyui
 LANGUAGES = ("ja", "zh")
 
 
-def english() -> dict[str, dict[str, Any]]:
-    """nodeDefs.json in English, from the schemas."""
+def schemas() -> dict[str, Any]:
+    """Every node's schema, by id; needs an imported ComfyUI."""
     import comfyui_braid
 
     extension = awaited(comfyui_braid.comfy_entrypoint())
-    schemas = [node.GET_SCHEMA() for node in awaited(extension.get_node_list())]
-    return {schema.node_id: _texts(schema) for schema in schemas}
+    declared = [node.GET_SCHEMA() for node in awaited(extension.get_node_list())]
+    return {schema.node_id: schema for schema in declared}
+
+
+def english() -> dict[str, dict[str, Any]]:
+    """nodeDefs.json in English, from the schemas."""
+    return {node_id: _texts(schema) for node_id, schema in schemas().items()}
 
 
 def translated(language: str) -> dict[str, dict[str, Any]]:

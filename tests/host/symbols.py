@@ -35,7 +35,7 @@ def uses() -> list[Use]:
     """Every use in the rooms that may know ComfyUI, in order of symbol."""
     found = []
     for room in ROOMS:
-        for path in sorted((PACK / room).glob("*.py")):
+        for path in sorted((PACK / room).rglob("*.py")):
             tree = ast.parse(path.read_text(encoding="utf-8"))
             found += _uses_in(tree, path.relative_to(PACK).as_posix())
     return sorted(found, key=lambda use: (use.symbol, use.place))

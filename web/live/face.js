@@ -106,6 +106,7 @@ export class ChartFace {
     for (const name of SLIDER) this.element.removeAttribute(name);
   }
 
+  /** @param {Heading} heading */
   #frame({ title, subtitle, legend, note }) {
     const header = element("header", "");
     header.append(element("div", "braid-title", title), element("div", "braid-subtitle", subtitle), keyOf(legend));

@@ -7,6 +7,13 @@ const MARGIN = { left: 48, right: 14, top: 6, bottom: 30 };
 const STRIP = 20;
 const ROOM_FOR_STEP = 38;
 
+/** @type {import("../live/face.js").Heading["legend"]} */
+const LEGEND = [
+  ["computed", COLOURS.line, "bar"],
+  ["skipped", COLOURS.grid, "bar"],
+  ["error since a computed step", COLOURS.second, "bar"],
+];
+
 export const name = "Steps that MagCache skips";
 
 /** What stands above the plot. @param {any} answer strip() of nodes/magcache/live.py */
@@ -15,11 +22,7 @@ export function heading({ computed, steps, speedup, warnings, ...rest }) {
   return {
     title: `${computed} of ${steps} steps computed${computed < steps ? ` · ${speedup.toFixed(2)}× fewer evaluations` : ""}`,
     subtitle: subtitle(rest),
-    legend: [
-      ["computed", COLOURS.line, "bar"],
-      ["skipped", COLOURS.grid, "bar"],
-      ["error since a computed step", COLOURS.second, "bar"],
-    ],
+    legend: LEGEND,
     note: warnings.length ? `${warnings[0]}${more}` : undefined,
   };
 }

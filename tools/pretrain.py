@@ -1,4 +1,4 @@
-"""Makes the playground's weights: `python -m comfyui_braid.engine.playground.pretrain`.
+"""Makes the playground's weights: `make pretrain`, which takes hours and replaces the file.
 
 Rectified-flow training on plain glyphs; captions dropped 10 % of the time, weights averaged.
 """
@@ -8,14 +8,15 @@ import json
 import math
 import sys
 import time
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..files import write_safetensors
-from .glyphs import (
+from comfyui_braid.engine.files import write_safetensors
+from comfyui_braid.engine.playground.glyphs import (
     LETTERS,
     decode,
     model_latents,
@@ -23,12 +24,24 @@ from .glyphs import (
     random_glyph,
     recognise,
 )
-from .model import WEIGHTS, Flux
-from .sampling import embed_letters, sample
+from comfyui_braid.engine.playground.model import WEIGHTS, Flux
+from comfyui_braid.engine.playground.sampling import embed_letters, sample
 
 CAPTION_DROPOUT = 0.1
-EMA_HALF_LIFE_FRACTION = 0.03  # of the whole run
+EMA_HALF_LIFE_FRACTION = 0.03  # of the run so far
 WARMUP_STEPS = 200
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """What decides the weights, up to the rounding of one torch and machine."""
+
+    steps: int = 8000
+    batch: int = 32
+    learning_rate: float = 2e-3
+    seed: int = 0
+    pool: int = 20000
+    """Glyphs drawn before training."""
 
 
 def learning_rate_factor(step: int, steps: int) -> float:
@@ -73,81 +86,76 @@ def accuracy(model: Flux, seed: int, repeats: int = 3) -> float:
     )
 
 
-def pretrain(
-    steps: int, batch: int, learning_rate: float, seed: int, out: Path, pool: int, report_every: int
-) -> None:
-    torch.manual_seed(seed)
-    numpy_generator = np.random.default_rng(seed)
-    generator = torch.Generator().manual_seed(seed)
+def update_average(average: dict[str, Tensor], model: Flux, step: int) -> None:
+    """Move the average towards the weights; its half-life is a share of the run so far."""
+    half_life = max(10.0, EMA_HALF_LIFE_FRACTION * step)
+    for name, p in model.named_parameters():
+        average[name].lerp_(p.detach(), 1 - 0.5 ** (1 / half_life))
+
+
+def averaged(average: dict[str, Tensor]) -> Flux:
+    """A model for sampling with the averaged weights."""
+    made = Flux()
+    made.load_state_dict(average)
+    return made.eval()
+
+
+def report(recipe: Recipe, out: Path, average: dict[str, Tensor], figures: dict) -> None:
+    """Write the weights so far with a record of their making, and print that record."""
+    made = asdict(recipe)
+    record = {"script": "tools/pretrain.py", "of": made.pop("steps"), **made, **figures}
+    record["torch"] = torch.__version__
+    weights = {name: tensor.to(torch.bfloat16) for name, tensor in average.items()}
+    write_safetensors(out, weights, {"record": json.dumps(record), "format": "pt"})
+    sys.stdout.write(json.dumps(record) + "\n")
+    sys.stdout.flush()
+
+
+def pretrain(recipe: Recipe, out: Path, report_every: int) -> None:
+    """Train, and write `out` every `report_every` steps and at the end."""
+    torch.manual_seed(recipe.seed)
+    generator = torch.Generator().manual_seed(recipe.seed)
     model = Flux()
     average = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01
+        model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.01
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: learning_rate_factor(step, steps)
+        optimizer, lambda step: learning_rate_factor(step, recipe.steps)
     )
     captions = embed_letters([*LETTERS, ""])
-    latents, letters = make_pool(pool, numpy_generator)
+    latents, letters = make_pool(recipe.pool, np.random.default_rng(recipe.seed))
     smooth, started = math.nan, time.perf_counter()
-    for step in range(1, steps + 1):
-        pick = torch.randint(pool, (batch,), generator=generator)
+    for step in range(1, recipe.steps + 1):
+        pick = torch.randint(recipe.pool, (recipe.batch,), generator=generator)
         loss = velocity_loss(model, latents[pick], letters[pick], captions, generator)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
-        half_life = max(10.0, EMA_HALF_LIFE_FRACTION * step)
-        for name, p in model.named_parameters():
-            average[name].lerp_(p.detach(), 1 - 0.5 ** (1 / half_life))
+        update_average(average, model, step)
         smooth = loss.item() if math.isnan(smooth) else smooth + 0.01 * (loss.item() - smooth)
-        if step % report_every == 0 or step == steps:
-            averaged = Flux()
-            averaged.load_state_dict(average)
-            right = accuracy(averaged.eval(), seed=step)
-            minutes = (time.perf_counter() - started) / 60
-            record = {
-                "script": "engine/playground/pretrain.py",
+        if step % report_every == 0 or step == recipe.steps:
+            figures = {
                 "steps": step,
-                "of": steps,
-                "batch": batch,
-                "learning_rate": learning_rate,
-                "seed": seed,
-                "pool": pool,
                 "loss": round(smooth, 5),
-                "recognised": right,
-                "minutes": round(minutes, 1),
-                "torch": torch.__version__,
+                "recognised": accuracy(averaged(average), seed=step),
+                "minutes": round((time.perf_counter() - started) / 60, 1),
             }
-            write_safetensors(
-                out,
-                {k: v.to(torch.bfloat16) for k, v in average.items()},
-                {"record": json.dumps(record), "format": "pt"},
-            )
-            sys.stdout.write(json.dumps(record) + "\n")
-            sys.stdout.flush()
+            report(recipe, out, average, figures)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=12000)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--pool", type=int, default=20000, help="glyphs drawn before training")
+    for field in fields(Recipe):
+        name = "--" + field.name.replace("_", "-")
+        parser.add_argument(name, type=type(field.default), default=field.default)
     parser.add_argument("--report-every", type=int, default=500)
     parser.add_argument("--out", type=Path, default=WEIGHTS)
-    arguments = parser.parse_args()
-    pretrain(
-        arguments.steps,
-        arguments.batch,
-        arguments.learning_rate,
-        arguments.seed,
-        arguments.out,
-        arguments.pool,
-        arguments.report_every,
-    )
+    given = vars(parser.parse_args())
+    out, report_every = given.pop("out"), given.pop("report_every")
+    pretrain(Recipe(**given), out, report_every)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What example workflows have in common: the playground's model and pictures, runs, samplers."""
 
-from .workflows import Graph, Node
+from .graph import Graph, Node
 
 
 def playground_data(graph: Graph, style: str, count: int) -> tuple[Node, Node]:

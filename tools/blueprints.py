@@ -1,4 +1,4 @@
-"""Describes the subgraph blueprints and writes them: `python -m host.blueprints` in tests/.
+"""Describes the subgraph blueprints and writes them: a part of `make workflows`.
 
 A blueprint is a workflow file with one node, whose type is the id of the subgraph below
 `definitions`. The front end itself serializes the inner nodes, so that their slots are in the order
@@ -11,10 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .browse import browsing, measured
-from .find import PACK
-from .serve import Server
-from .workflows import BLUE, GREEN, PURPLE, Graph, Node
+from host.browse import browsing, measured
+from host.find import PACK
+from host.serve import Server
+
+from .graph import BLUE, GREEN, PURPLE, Graph, Node
 
 FOLDER = PACK / "subgraphs"
 INPUTS, OUTPUTS = -10, -20

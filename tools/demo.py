@@ -3,9 +3,9 @@
 import shutil
 import sys
 
-from .find import PACK, find_comfyui
-from .serve import Server
-from .workflows import EXAMPLES, read_workflow, to_prompt
+from host.find import PACK, find_comfyui
+from host.serve import Server
+from host.workflows import EXAMPLES, read_workflow, to_prompt
 
 RESULTS = PACK / "demo_report" / "comfyui"
 

@@ -6,8 +6,8 @@ stands before the pictures of its row in Make Image Grid.
 
 from dataclasses import dataclass, field
 
+from .graph import BLUE, BROWN, GREEN, PURPLE, Graph, Node
 from .playground import playground_data, playground_prompts, playground_training, sampler
-from .workflows import BLUE, BROWN, GREEN, PURPLE, Graph, Node
 
 STEPS = 50
 CELL = 256

@@ -1,4 +1,4 @@
-"""Describes the example workflows and writes them: `python -m host.examples` in tests/.
+"""Describes the example workflows and writes them: a part of `make workflows`.
 
 Widget order and defaults come from a running ComfyUI, node sizes from its front end, so a changed
 node means running this again, never editing JSON by hand.
@@ -7,9 +7,13 @@ node means running this again, never editing JSON by hand.
 import sys
 from collections.abc import Callable
 
+from host.browse import browsing, measured
+from host.serve import Server
+from host.workflows import EXAMPLES
+
 from . import real_models
-from .browse import browsing, measured
 from .everything import everything
+from .graph import BLUE, BROWN, GREEN, PURPLE, Graph
 from .playground import (
     playground_data,
     playground_prompts,
@@ -18,8 +22,6 @@ from .playground import (
     sampled,
     sampler,
 )
-from .serve import Server
-from .workflows import BLUE, BROWN, EXAMPLES, GREEN, PURPLE, Graph
 
 
 def train_a_lora(graph: Graph) -> None:

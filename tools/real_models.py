@@ -9,9 +9,10 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .find import PACK
+from host.find import PACK
+
+from .graph import BLUE, BROWN, GREEN, PURPLE, Graph, Node
 from .playground import previewed_targets
-from .workflows import BLUE, BROWN, GREEN, PURPLE, Graph, Node
 
 HUB = "https://huggingface.co/"
 WAN = "Comfy-Org/Wan_2.1_ComfyUI_repackaged/resolve/main/split_files/"

@@ -1,19 +1,19 @@
-"""Takes the pictures of README, help pages and template browser: `python -m host.photographs`.
+"""Takes the pictures of README, help pages and template browser: a part of `make pictures`.
 
-In tests/, with PYTHONPATH=. and what the tests require. Every picture is what the program shows:
-each playground workflow is opened and run in a real ComfyUI in a real browser, and its nodes, live
-charts and results are saved under web/docs/pictures/, its thumbnail beside the workflow. About ten
-minutes on two cores. Arguments choose sessions by their names in SESSIONS.
+Every picture is what the program shows: each playground workflow is opened and run in a real
+ComfyUI in a real browser, and its nodes, live charts and results are saved in web/docs/pictures/,
+its thumbnail beside the workflow. About ten minutes on two cores. Arguments choose sessions by
+their names in SESSIONS.
 """
 
 import sys
 from collections.abc import Callable
 
+from host.workflows import EXAMPLES
 from PIL import Image
 
 from .camera import Camera, camera, narrowed, save, stacked
 from .pictures import PICTURES
-from .workflows import EXAMPLES
 
 HELP_WIDTH, THUMBNAIL_WIDTH, GRAPH_WIDTH = 900, 640, 1400
 """Pixels."""

@@ -14,11 +14,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from host.browse import READY, browsing
+from host.serve import Server
+from host.workflows import EXAMPLES, read_workflow
 from PIL import Image
-
-from .browse import READY, browsing
-from .serve import Server
-from .workflows import EXAMPLES, read_workflow
 
 SETTINGS = {
     "Comfy.NodeBadge.NodeSourceBadgeMode": "None",

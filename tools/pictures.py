@@ -1,4 +1,4 @@
-"""Draws the pack's icon and banner: `python -m host.pictures` in tests/.
+"""Draws the pack's icon and banner: a part of `make pictures`.
 
 A plait of three strands: each runs across as sin(t) and in height as sin(2t), a third of a turn
 after the one before, so that every crossing is over, then under. Short pieces are painted from the
@@ -9,14 +9,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from host.find import PACK
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import imsave
 from matplotlib.patches import FancyBboxPatch
-
-from .find import PACK
 
 PICTURES = PACK / "web" / "docs" / "pictures"
 STRANDS = ("#f0a63a", "#3f9fe0", "#e0557f")
