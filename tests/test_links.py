@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "web" / "docs"
-PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")]
 PAGES += sorted(DOCS.rglob("*.md"))
 OTHER_TEXTS = [ROOT / "pyproject.toml", *ROOT.glob("example_workflows/*.json")]
 OTHER_TEXTS += [*ROOT.glob("subgraphs/*.json"), *ROOT.glob("locales/*/*.json")]

@@ -29,7 +29,8 @@ class BraidOptimizer(io.ComfyNode):
                     options=[*OPTIMIZERS, CUSTOM],
                     default="AdamW",
                     tooltip="AdamW8bit needs bitsandbytes, Prodigy prodigyopt, AdamWScheduleFree "
-                    "schedulefree. custom takes any class: write it into optimizer_class.",
+                    "schedulefree. custom takes a class of a listed package: write it into "
+                    "optimizer_class.",
                 ),
                 io.String.Input(
                     "optimizer_args",
@@ -67,8 +68,9 @@ class BraidOptimizer(io.ComfyNode):
                     default="",
                     optional=True,
                     advanced=True,
-                    tooltip="With optimizer_type custom: the dotted path of an installed "
-                    "torch.optim.Optimizer class, such as bitsandbytes.optim.AdEMAMix8bit.",
+                    tooltip="With optimizer_type custom: a class of torch.optim or of an installed "
+                    "package of the list in the help, such as bitsandbytes.optim.AdEMAMix8bit. "
+                    "The server's owner can allow others.",
                 ),
             ],
             outputs=[sockets.Optimizer.Output("optimizer", tooltip="For Train LoRA (Braid).")],

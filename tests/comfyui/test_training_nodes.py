@@ -6,6 +6,7 @@ import inspect
 import execution
 import folder_paths
 import pytest
+import torch
 from comfy_extras.nodes_preview_any import PreviewAny
 from host.awaiting import awaited
 from tiny_models import conditioning, latent
@@ -84,6 +85,7 @@ def test_optimizer_arguments_that_are_no_literals_are_refused(text, sentence):
 def test_custom_takes_the_class_that_is_typed_and_an_empty_one_is_refused():
     spec = optimizer(optimizer_type="custom", optimizer_class=" torch.optim.NAdam ")
     assert spec.optimizer_type == "torch.optim.NAdam"
+    assert spec.optimizer_class is torch.optim.NAdam
     with pytest.raises(ValueError, match="optimizer_type is empty"):
         optimizer(optimizer_type="custom")
 
