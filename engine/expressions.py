@@ -13,7 +13,10 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
+
+from .refusals import shortened
 
 if sys.version_info >= (3, 11):
     from re import _constants as codes
@@ -44,6 +47,8 @@ _CATEGORIES = {
     codes.CATEGORY_WORD: r"\w",
     codes.CATEGORY_NOT_WORD: r"\W",
 }
+_SINGLE = {codes.LITERAL, codes.NOT_LITERAL, codes.ANY, codes.IN}
+"""Parts that take one character, in one way."""
 _REPEATS = {codes.MAX_REPEAT: "", codes.MIN_REPEAT: "?"}
 if sys.version_info >= (3, 11):
     _REPEATS[codes.POSSESSIVE_REPEAT] = "+"
@@ -53,8 +58,17 @@ class RefusedExpression(ValueError):
     """Why a pattern is not taken: the end of a sentence that begins with the pattern."""
 
 
-def rewritten(pattern: str) -> str:
-    """`pattern` of `re` as one of `regex`; RefusedExpression when it is broken or too large."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Expression:
+    """A pattern of `re` as `regex` takes it."""
+
+    text: str
+    is_quick: bool
+    """Whether a match takes microseconds, whatever the name: it needs no clock."""
+
+
+def rewritten(pattern: str) -> Expression:
+    """`pattern` of `re` for `regex`; RefusedExpression when it is broken or too large."""
     tree = _parsed(pattern)
     parts = size(tree)
     if parts > LARGEST:
@@ -62,7 +76,7 @@ def rewritten(pattern: str) -> str:
             f"is too large a regular expression: with all its repetitions it has {parts:,} parts, "
             f"and at most {LARGEST:,} are taken; use + or * for a large number"
         )
-    return _flagged(tree.state.flags, 0, _text(tree))
+    return Expression(text=_flagged(tree.state.flags, 0, _text(tree)), is_quick=_is_quick(tree))
 
 
 def size(tree: Any, depth: int = 0) -> int:
@@ -83,6 +97,21 @@ def size(tree: Any, depth: int = 0) -> int:
     return parts
 
 
+def _is_quick(tree: Any) -> bool:
+    """Whether `tree` is characters in a row with two repetitions of one character at most, as in
+    .*attn.*: then a name of n letters is tried in n² ways, and in n³ when it is searched."""
+    repetitions = 0
+    for code, argument in tree:
+        if code in _REPEATS:
+            least, most, body = argument
+            repetitions += least != most
+            if len(body) != 1 or body[0][0] not in _SINGLE:
+                return False
+        elif code not in _SINGLE and code is not codes.AT:
+            return False
+    return repetitions <= 2
+
+
 def _parsed(pattern: str) -> Any:
     try:
         with warnings.catch_warnings():
@@ -91,7 +120,8 @@ def _parsed(pattern: str) -> Any:
     except RecursionError as error:
         raise _too_deep() from error
     except (re.error, ValueError, OverflowError, MemoryError) as error:
-        raise RefusedExpression(f"is not a regular expression ({error})") from error
+        reason = shortened(str(error))  # it may quote the whole pattern
+        raise RefusedExpression(f"is not a regular expression ({reason})") from error
 
 
 def _too_deep() -> RefusedExpression:
