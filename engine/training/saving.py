@@ -4,6 +4,7 @@ import glob
 import hashlib
 import logging
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from ..checkpoints import Checkpoint, Checkpoints
 from ..files import PARTIAL_SUFFIX
+from ..reading import shown
 from .loop import TrainingRun, TrainingStep
 from .options import Checkpointing
 from .state import STATE_SUFFIX, write_state
@@ -177,8 +179,10 @@ def find_state(root: Path, output_name: str, resume: str) -> Path | None:
         return None
     if resume != "latest":
         path = Path(resume) if Path(resume).is_absolute() else root / resume
-        if not path.is_file():
-            raise ValueError(f"resume: there is no file {path}; choose a {STATE_SUFFIX} file")
+        if not os.path.isfile(path):  # unlike `is_file`, False where no path could be so long
+            raise ValueError(
+                f"resume: there is no file {shown(str(path))}; choose a {STATE_SUFFIX} file"
+            )
         return path
     name = glob.escape(Path(output_name).name)
     states = [
