@@ -4,12 +4,14 @@ import contextlib
 import glob
 import logging
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..checkpoints import Checkpoint, Checkpoints
+from ..reading import shown
 from ..writing import NotWrittenError, remove_leftovers
 from .identity import Identity
 from .loop import TrainingRun, TrainingStep
@@ -197,8 +199,10 @@ def find_state(root: Path, output_name: str, resume: str) -> Path | None:
         return None
     if resume != LATEST:
         path = Path(resume) if Path(resume).is_absolute() else root / resume
-        if not path.is_file():
-            raise ValueError(f"resume: there is no file {path}; choose a {STATE_SUFFIX} file")
+        if not os.path.isfile(path):  # unlike `is_file`, False where no path could be so long
+            raise ValueError(
+                f"resume: there is no file {shown(str(path))}; choose a {STATE_SUFFIX} file"
+            )
         return path
     name = glob.escape(Path(output_name).name)
     states = [

@@ -35,7 +35,11 @@ PATIENCE_SECONDS = 60.0
 MOST_BYTES = 1 << 30
 """By which reading one input may make a process larger."""
 LONGEST_SENTENCE = 1000
-_RAW = re.compile(r"Traceback|\b[A-Z]\w+(Error|Exception)\b|<class |object at 0x|\bb'|\bNoneType\b")
+ALL_SAID = 77
+"""Exit code of a child that has answered for every input it read."""
+_RAW = re.compile(
+    r"Traceback|\b[A-Z]\w+(Error|Exception)\b|<class |object at 0x|b'\\x|\bNoneType\b"
+)
 _BARE = (UnicodeError, json.JSONDecodeError)  # of Python itself, although they are ValueErrors
 
 
@@ -93,9 +97,9 @@ def _read_in_a_child(target: Target, numbers: Sequence[int], folder: Path, tally
     except TimeoutError:
         os.kill(child, signal.SIGKILL)
         kind = "hang"
-    _, status = os.waitpid(child, 0)
-    if status:
-        detail = f"the process ended with {os.waitstatus_to_exitcode(status)}"
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code != ALL_SAID:
+        detail = f"the process ended with {code}"
         failure = {"number": numbers[done], "kind": kind, "detail": detail}
         _note(failure | {"seconds": 0.0, "bytes": 0}, tally, target)
         done += 1
@@ -144,7 +148,7 @@ def _work(target: Target, numbers: Sequence[int], folder: Path, sending: int) ->
             os.write(sending, json.dumps(answer).encode() + b"\n")
             if answer["kind"] not in ("read", "refused"):
                 break
-        code = 0
+        code = ALL_SAID
     finally:
         os._exit(code)
 
