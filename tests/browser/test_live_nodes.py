@@ -22,10 +22,12 @@ DRAWN = "() => Object.values(live.headings()).every(Boolean)"
 
 @pytest.fixture
 def page(open_page, vue):
-    """A page with all live nodes, their widgets at values[0]."""
+    """A page with all live nodes, their widgets at values[0], in a workflow that was opened: only
+    of such a one does Nodes 2.0 keep what it has drawn."""
     opened = open_page({"Comfy.VueNodes.Enabled": vue})
     opened.evaluate(PREPARE, ROWS)
     opened.evaluate("live.build(0)")
+    opened.evaluate("async () => app.loadGraphData(structuredClone(app.graph.serialize()))")
     opened.wait_for_function(DRAWN)
     return opened
 
