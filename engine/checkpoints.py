@@ -7,8 +7,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from .disk.folders import Search
 from .files import SafetensorsHeader, read_header
-from .folders import Search
 
 SHADOWS_SUFFIX = "-shadows.safetensors"
 """How the file with the EMA shadows of a run ends: `<run>-shadows.safetensors`."""

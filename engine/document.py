@@ -4,7 +4,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin
 
-from .reading import is_unicode, shown
+from .disk.reading import is_unicode, shown
 
 LONGEST_TEXT = 500
 

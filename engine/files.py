@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from .reading import (
+from .disk.reading import (
     AGAIN,
     MAX_JSON_BYTES,
     DamagedFileError,
@@ -22,7 +22,7 @@ from .reading import (
     parse_json,
     shown,
 )
-from .writing import replaced_when_whole
+from .disk.writing import replaced_when_whole
 
 LONGEST_NAME = 500
 """Characters in the name of a tensor; the longest that are known have 120."""

@@ -2,20 +2,11 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import (
-    ema,
-    fp8,
-    live,
-    magcache,
-    network,
-    outputs,
-    playground,
-    replacements,
-    timesteps,
-    training,
-)
-from .ema_live import live_ema
+from . import fp8, live, magcache, network, outputs, playground, replacements, training
+from .ema import nodes as ema
+from .ema.live import live_ema
 from .magcache.live import live_magcache
+from .timesteps import nodes as timesteps
 
 NODES: list[type[io.ComfyNode]] = [
     *network.NODES,

@@ -9,10 +9,10 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io, ui
 
-from ..engine.folders import Bounds, Search, SearchEndedError
+from ..engine.disk.folders import Bounds, Search, SearchEndedError
+from ..engine.disk.writing import failures_said, remove_leftovers
 from ..engine.names import check_local_path, check_new_path, check_typed_path
 from ..engine.refusals import quoted
-from ..engine.writing import failures_said, remove_leftovers
 
 logger = logging.getLogger("comfyui_braid")
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints import AdapterStateDict, Checkpoints
+from ..disk.folders import Search
+from ..disk.hashes import sshs_hashes
 from ..files import read_tensors, write_safetensors
-from ..folders import Search
-from ..hashes import sshs_hashes
 from ..refusals import refuse_other
 from .merge import Progress, merged_tensors, prepare_merge, write_merged
 from .one_run import check_one_run

@@ -14,8 +14,8 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from ..disk.reading import AGAIN, DamagedFileError
 from ..files import DTYPES, SafetensorsHeader, TensorEntry, read_header, saved_layout
-from ..reading import AGAIN, DamagedFileError
 
 _ADAPTER_KEY = re.compile(
     r"\.(lora_(down|up|mid|A|B)\b|lora\.(down|up)\b|hada_w|lokr_w|oft_|boft_|dora_scale$|diff(_b)?$)"

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..disk.hashes import SshsHasher
+from ..disk.writing import replaced_when_whole
 from ..files import DTYPES, header_bytes
-from ..hashes import SshsHasher
-from ..writing import replaced_when_whole
 from .layout import Source, Span, copied_inside, key_at, output_layout, read_sources, spans
 
 CHUNK_ELEMENTS = 1 << 18

@@ -9,8 +9,8 @@ from typing import overload
 import numpy as np
 
 from ..checkpoints import Checkpoint, epoch_of
+from ..disk.folders import Search
 from ..files import read_header
-from ..folders import Search
 from ..refusals import refuse_other
 from .profile import Floats
 

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..disk.reading import AGAIN, DamagedFileError
 from ..files import DTYPES, TensorEntry
-from ..reading import AGAIN, DamagedFileError
 from .layout import Source, is_averaged
 from .merge import Merge, Progress
 from .schedule import weights_from_betas

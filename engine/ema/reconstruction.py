@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ..checkpoints import AdapterStateDict, Checkpoints
+from ..disk.hashes import sshs_hashes
+from ..disk.reading import AGAIN, DamagedFileError, parse_json, shown
 from ..files import DTYPES, read_header, write_safetensors
-from ..hashes import sshs_hashes
-from ..reading import AGAIN, DamagedFileError, parse_json, shown
 from .layout import Source
 from .merge import Progress
 from .profile import (

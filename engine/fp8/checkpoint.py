@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..reading import AGAIN, parse_json, shown
+from ..disk.reading import AGAIN, parse_json, shown
 from .source import TensorSource
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)

@@ -8,8 +8,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from ..disk.reading import MAX_JSON_BYTES, damage_named, open_regular, parse_json
 from ..document import object_from
-from ..reading import MAX_JSON_BYTES, damage_named, open_regular, parse_json
 from .curve import falls
 
 FORMAT = "braid.magcache/1"

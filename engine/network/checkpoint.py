@@ -8,10 +8,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from ..disk.hashes import sshs_hashes
+from ..disk.reading import damage_named
+from ..disk.writing import NotWrittenError
 from ..files import mapped_tensors, write_safetensors
-from ..hashes import sshs_hashes
-from ..reading import damage_named
-from ..writing import NotWrittenError
 from .architectures import Architecture
 from .attach import Network
 from .keys import AdapterWeights, KeyFormat, decoded, encoded

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from datetime import datetime
 
-from ..reading import is_unicode, parse_json, shown
+from ..disk.reading import is_unicode, parse_json, shown
 from ..refusals import quoted
 from .architectures import Architecture
 from .spec import NetworkSpec, network_args_of

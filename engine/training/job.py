@@ -11,7 +11,7 @@ from typing import Any
 
 from ..network.spec import NetworkSpec
 from ..timesteps.sampling import TimestepSampling
-from .optimizer import OptimizerSpec
+from .optimizers.optimizer import OptimizerSpec
 from .options import Checkpointing, Compilation, Preview, TrainingLog, Validation
 from .plan import TrainingPlan
 

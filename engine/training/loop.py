@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from ..network.attach import Network, check_weight_norms, scale_weight_norms
 from ..timesteps.stream import TimestepStream
 from .dataset import Dataset
-from .form import check_like, count_of, part_of
 from .history import LossHistory, StepRecord
 from .objective import Denoiser, denoising_losses
-from .optimizer import Optimization
+from .optimizers.optimizer import Optimization
 from .plan import TrainingPlan
 from .seeds import derived_seed, torch_generator
+from .states.form import check_like, count_of, part_of
 
 READ_EVERY_ON_DEVICE = 10
 """Steps between two reads of the losses from an accelerator; each read is a host sync."""

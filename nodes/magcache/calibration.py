@@ -4,9 +4,9 @@ from comfy_api.latest import io
 
 from ...engine.canvas import as_image
 from ...engine.comfyui.magcache.calibrate import Calibrator
+from ...engine.disk.writing import replaced_when_whole
 from ...engine.magcache.figure import draw_calibration
 from ...engine.magcache.plan import MagCachePlan, ratios_text
-from ...engine.writing import replaced_when_whole
 from .. import sockets
 from ..outputs import next_file, shown_picture
 from .inputs import (

@@ -5,7 +5,7 @@ from pathlib import Path
 from comfy_api.latest import io
 
 from ...engine.checkpoints import SHADOWS_SUFFIX, Checkpoints, find_checkpoints
-from ...engine.folders import Bounds, Search
+from ...engine.disk.folders import Bounds, Search
 from .. import sockets
 from ..outputs import loras_folder, newest_first
 from ..typed_paths import OwnFolders, path_for_a_run, refusal_of, typed_path

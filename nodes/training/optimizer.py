@@ -5,9 +5,9 @@ import dataclasses
 from comfy_api.latest import io
 
 from ...engine.arguments import parse_arguments, parse_literal
-from ...engine.training.optimizer import OptimizerSpec
-from ...engine.training.optimizer_classes import OPTIMIZERS, find_optimizer_class
-from ...engine.training.schedule import LR_SCHEDULERS
+from ...engine.training.optimizers.classes import OPTIMIZERS, find_optimizer_class
+from ...engine.training.optimizers.optimizer import OptimizerSpec
+from ...engine.training.optimizers.schedule import LR_SCHEDULERS
 from .. import sockets
 from ..owner import allowed_optimizers
 

@@ -3,8 +3,8 @@
 from comfy_api.latest import io
 
 from ...engine.training.options import Checkpointing, TrainingOptions
-from ...engine.training.saving import LATEST
-from ...engine.training.state import STATE_SUFFIX
+from ...engine.training.states.saving import LATEST
+from ...engine.training.states.state import STATE_SUFFIX
 from .. import sockets
 from ..outputs import loras_folder, newest_first
 from ..typed_paths import path_for_a_run, refusal_of

@@ -62,11 +62,11 @@ from comfyui_braid.engine.playground.glyphs import draw_dataset, pictures_of  # 
 from comfyui_braid.engine.playground.model import load_playground  # noqa: E402
 from comfyui_braid.engine.timesteps.stream import TimestepStream  # noqa: E402
 from comfyui_braid.engine.training.dataset import Dataset, TrainingItem  # noqa: E402
-from comfyui_braid.engine.training.identity import Identity  # noqa: E402
 from comfyui_braid.engine.training.loop import TrainingRun  # noqa: E402
-from comfyui_braid.engine.training.optimizer import Optimization, OptimizerSpec  # noqa: E402
+from comfyui_braid.engine.training.optimizers.optimizer import Optimization, OptimizerSpec  # noqa: E402
 from comfyui_braid.engine.training.options import Checkpointing, Validation  # noqa: E402
-from comfyui_braid.engine.training.saving import Saver, saved  # noqa: E402
+from comfyui_braid.engine.training.states.identity import Identity  # noqa: E402
+from comfyui_braid.engine.training.states.saving import Saver, saved  # noqa: E402
 from comfyui_braid.engine.training.validation import Validator  # noqa: E402
 
 STYLE = "outlined"

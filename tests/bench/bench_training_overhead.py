@@ -39,13 +39,13 @@ from comfyui_braid.engine.timesteps.sampling import TimestepSampling  # noqa: E4
 from comfyui_braid.engine.timesteps.stream import TimestepStream  # noqa: E402
 from comfyui_braid.engine.training.dataset import Dataset, TrainingItem  # noqa: E402
 from comfyui_braid.engine.training.figure import draw_history  # noqa: E402
-from comfyui_braid.engine.training.identity import Identity  # noqa: E402
 from comfyui_braid.engine.training.logs import open_logs  # noqa: E402
 from comfyui_braid.engine.training.loop import TrainingRun  # noqa: E402
-from comfyui_braid.engine.training.optimizer import Optimization, OptimizerSpec  # noqa: E402
+from comfyui_braid.engine.training.optimizers.optimizer import Optimization, OptimizerSpec  # noqa: E402
 from comfyui_braid.engine.training.options import Checkpointing, TrainingLog  # noqa: E402
 from comfyui_braid.engine.training.plan import TrainingPlan  # noqa: E402
-from comfyui_braid.engine.training.saving import Saver  # noqa: E402
+from comfyui_braid.engine.training.states.identity import Identity  # noqa: E402
+from comfyui_braid.engine.training.states.saving import Saver  # noqa: E402
 
 SAVE_EVERY = 100
 

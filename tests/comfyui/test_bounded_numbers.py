@@ -12,11 +12,11 @@ from comfyui_braid.engine.magcache.rules import MagCacheRule, PlannedRule
 from comfyui_braid.engine.magcache.schedule import plan_schedule
 from comfyui_braid.engine.timesteps.sampling import TimestepSampling
 from comfyui_braid.nodes import NODES
-from comfyui_braid.nodes.ema import BraidEmaSweep
+from comfyui_braid.nodes.ema.nodes import BraidEmaSweep
 from comfyui_braid.nodes.magcache.cache import BraidMagCachePlan
 from comfyui_braid.nodes.network import BraidNetwork
 from comfyui_braid.nodes.playground import BraidPlaygroundDataset, BraidPlaygroundDecode
-from comfyui_braid.nodes.timesteps import BraidTimestepPreview
+from comfyui_braid.nodes.timesteps.nodes import BraidTimestepPreview
 
 PAPER = {"rule": "magcache", "threshold": 0.24, "retention_ratio": 0.2, "k": 6}
 PLANNED = {"rule": "planned", "speedup": 2.0, "warmup_steps": 2}

@@ -20,7 +20,7 @@ from comfyui_braid.engine.checkpoints import AdapterStateDict, Checkpoints
 from comfyui_braid.engine.ema import merge
 from comfyui_braid.engine.ema.shadows import Shadows
 from comfyui_braid.engine.files import read_header
-from comfyui_braid.nodes.ema import (
+from comfyui_braid.nodes.ema.nodes import (
     NODES,
     BraidEmaReconstruct,
     BraidEmaSweep,

@@ -24,6 +24,7 @@ from comfyui_braid.engine.checkpoints import AdapterStateDict, Checkpoint, Check
 from comfyui_braid.engine.comfyui.fp8.loader import Fp8Request, load_fp8
 from comfyui_braid.engine.comfyui.training import run as training_run
 from comfyui_braid.engine.comfyui.training.preview import PreviewSampling
+from comfyui_braid.engine.disk.writing import NotWrittenError
 from comfyui_braid.engine.fp8.policy import Fp8Policy
 from comfyui_braid.engine.magcache.presets import preset_named
 from comfyui_braid.engine.network.spec import NetworkSpec
@@ -33,11 +34,10 @@ from comfyui_braid.engine.training.options import (
     TrainingLog,
     TrainingOptions,
 )
-from comfyui_braid.engine.training.room import room_needed
-from comfyui_braid.engine.training.state import read_state
-from comfyui_braid.engine.writing import NotWrittenError
+from comfyui_braid.engine.training.states.room import room_needed
+from comfyui_braid.engine.training.states.state import read_state
 from comfyui_braid.nodes import BraidExtension, outputs, replacements
-from comfyui_braid.nodes.ema import BraidEmaReconstruct, BraidPostHocEma
+from comfyui_braid.nodes.ema.nodes import BraidEmaReconstruct, BraidPostHocEma
 from comfyui_braid.nodes.fp8 import BraidSaveFp8
 from comfyui_braid.nodes.magcache.nodes import BraidMagCacheCalibration
 from comfyui_braid.nodes.network import BraidSaveLora

@@ -9,7 +9,7 @@ from live_questions import chart_of, node_of
 from comfyui_braid.engine.timesteps.sampling import MODES, TimestepSampling
 from comfyui_braid.engine.timesteps.stream import TimestepStream
 from comfyui_braid.nodes.live_node import DecidedByTheRunError
-from comfyui_braid.nodes.timesteps import NODES, BraidTimestepPreview, BraidTimestepSampling
+from comfyui_braid.nodes.timesteps.nodes import NODES, BraidTimestepPreview, BraidTimestepSampling
 
 RANGE = dict(
     min_timestep=0, max_timestep=1000, preserve_distribution_shape=False, num_timestep_buckets=0

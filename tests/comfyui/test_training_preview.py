@@ -17,7 +17,7 @@ from comfyui_braid.engine.comfyui.training import run as training_run
 from comfyui_braid.engine.comfyui.training.preview import Previewer, PreviewSampling
 from comfyui_braid.engine.network.spec import NetworkSpec
 from comfyui_braid.engine.playground.glyphs import decode, draw_dataset, encode, pictures_of
-from comfyui_braid.engine.training.optimizer import OptimizerSpec
+from comfyui_braid.engine.training.optimizers.optimizer import OptimizerSpec
 from comfyui_braid.engine.training.options import Preview, TrainingOptions
 
 SHORT = dataclasses.replace(PLAN, steps=4, batch_size=1)

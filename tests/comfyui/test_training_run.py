@@ -16,7 +16,7 @@ from training_cases import PLAN, run, same, trained_on
 from comfyui_braid.engine.comfyui.training import run as training_run
 from comfyui_braid.engine.comfyui.training.items import pair_items
 from comfyui_braid.engine.network.spec import NetworkSpec
-from comfyui_braid.engine.training.optimizer import OptimizerSpec
+from comfyui_braid.engine.training.optimizers.optimizer import OptimizerSpec
 from comfyui_braid.engine.training.options import Checkpointing, TrainingOptions, Validation
 from comfyui_braid.engine.training.validation import Validator
 

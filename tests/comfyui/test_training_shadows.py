@@ -17,7 +17,7 @@ from comfyui_braid.engine.ema.reconstruction import (
     read_shadows_info,
     reconstructed,
 )
-from comfyui_braid.engine.training.optimizer import OptimizerSpec
+from comfyui_braid.engine.training.optimizers.optimizer import OptimizerSpec
 from comfyui_braid.engine.training.options import Checkpointing, TrainingOptions
 
 LONG = dataclasses.replace(PLAN, steps=23, batch_size=1)

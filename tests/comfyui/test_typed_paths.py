@@ -18,10 +18,10 @@ from comfyui_braid.engine.checkpoints import AdapterStateDict, Checkpoint, Check
 from comfyui_braid.engine.files import write_safetensors
 from comfyui_braid.engine.magcache.presets import preset_named
 from comfyui_braid.engine.network.spec import NetworkSpec
-from comfyui_braid.engine.training.saving import find_state
-from comfyui_braid.engine.training.state import read_state
+from comfyui_braid.engine.training.states.saving import find_state
+from comfyui_braid.engine.training.states.state import read_state
 from comfyui_braid.nodes import fp8
-from comfyui_braid.nodes.ema import BraidPostHocEma
+from comfyui_braid.nodes.ema.nodes import BraidPostHocEma
 from comfyui_braid.nodes.magcache.calibration import (
     BraidLoadCalibration,
     BraidMagCacheCalibration,

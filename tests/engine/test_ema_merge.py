@@ -23,12 +23,12 @@ from ema_files import (
     write_run,
 )
 
+from comfyui_braid.engine.disk.hashes import sshs_hashes
 from comfyui_braid.engine.ema import merge as merge_module
 from comfyui_braid.engine.ema.schedule import BetaRamp, MusubiPower, Power
 from comfyui_braid.engine.files import (
     read_header,
 )
-from comfyui_braid.engine.hashes import sshs_hashes
 
 TESTS = Path(__file__).parent.parent
 GOLDEN = json.loads((TESTS / "goldens" / "ema_musubi.json").read_text())

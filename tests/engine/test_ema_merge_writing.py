@@ -11,9 +11,9 @@ import torch
 from ema_files import HALF, average_of, checkpoints, finish, write_run
 from full_disk import NO_ROOM, files_below, largest_file
 
+from comfyui_braid.engine.disk.writing import NotWrittenError
 from comfyui_braid.engine.ema import merge as merge_module
 from comfyui_braid.engine.ema.merge import merged_tensors, prepare_merge, write_merged
-from comfyui_braid.engine.writing import NotWrittenError
 
 TESTS = Path(__file__).parent.parent
 

@@ -5,6 +5,7 @@ import torch
 from ema_files import ALPHA, DOWN, UP, finish, save, write_run
 
 from comfyui_braid.engine.checkpoints import Checkpoint, Checkpoints, find_checkpoints
+from comfyui_braid.engine.disk.hashes import sshs_hashes
 from comfyui_braid.engine.ema.profile import gamma_from_sigma_rel, power_profile
 from comfyui_braid.engine.ema.reconstruction import (
     plan_reconstruction,
@@ -14,7 +15,6 @@ from comfyui_braid.engine.ema.reconstruction import (
 )
 from comfyui_braid.engine.ema.shadows import SIGMA_RELS, Shadows
 from comfyui_braid.engine.files import read_header
-from comfyui_braid.engine.hashes import sshs_hashes
 
 
 def _live(seed=0, dtype=torch.float32):

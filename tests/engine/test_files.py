@@ -8,6 +8,8 @@ import safetensors.torch
 import torch
 
 from comfyui_braid.engine import files
+from comfyui_braid.engine.disk.hashes import SshsHasher
+from comfyui_braid.engine.disk.writing import replaced_when_whole
 from comfyui_braid.engine.files import (
     DTYPES,
     header_bytes,
@@ -15,8 +17,6 @@ from comfyui_braid.engine.files import (
     saved_layout,
     write_safetensors,
 )
-from comfyui_braid.engine.hashes import SshsHasher
-from comfyui_braid.engine.writing import replaced_when_whole
 
 GOLDEN = Path(__file__).parent.parent / "goldens" / "ema_musubi.json"
 

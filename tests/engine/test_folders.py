@@ -8,8 +8,8 @@ import safetensors.torch
 import torch
 
 from comfyui_braid.engine.checkpoints import find_checkpoints
+from comfyui_braid.engine.disk.folders import Bounds, Search, SearchEndedError
 from comfyui_braid.engine.ema.order import trained_order
-from comfyui_braid.engine.folders import Bounds, Search, SearchEndedError
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import torch
 from network_files import FLUX, Z_IMAGE, Model, delta, linear, network_for
 from torch import nn
 
+from comfyui_braid.engine.disk.hashes import sshs_hashes
 from comfyui_braid.engine.files import read_header
-from comfyui_braid.engine.hashes import sshs_hashes
 from comfyui_braid.engine.network.architectures import DEFAULT, architecture_of
 from comfyui_braid.engine.network.checkpoint import (
     cast,

@@ -12,6 +12,7 @@ from ema_files import write_run
 from training_runs import PLAN, make_run, train
 
 from comfyui_braid.engine.checkpoints import find_checkpoints
+from comfyui_braid.engine.disk.reading import MAX_JSON_BYTES, DamagedFileError, parse_json
 from comfyui_braid.engine.ema.average import averaged, plan_average
 from comfyui_braid.engine.ema.reconstruction import plan_reconstruction, reconstructed
 from comfyui_braid.engine.ema.schedule import Power
@@ -22,9 +23,8 @@ from comfyui_braid.engine.magcache.plan import read_plan
 from comfyui_braid.engine.network.architectures import DEFAULT
 from comfyui_braid.engine.network.checkpoint import read_adapter
 from comfyui_braid.engine.network.layers import LayerShape
-from comfyui_braid.engine.reading import MAX_JSON_BYTES, DamagedFileError, parse_json
-from comfyui_braid.engine.training.resume import resumed
-from comfyui_braid.engine.training.state import read_state, write_state
+from comfyui_braid.engine.training.states.resume import resumed
+from comfyui_braid.engine.training.states.state import read_state, write_state
 
 LAYERS = {"layer": LayerShape(in_features=8, out_features=8)}
 READERS = [

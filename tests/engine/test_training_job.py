@@ -8,9 +8,8 @@ import pytest
 
 from comfyui_braid.engine.network.spec import NetworkSpec, TargetPatterns
 from comfyui_braid.engine.timesteps.sampling import TimestepSampling
-from comfyui_braid.engine.training.identity import identity
 from comfyui_braid.engine.training.job import DataReference, ModelReference, TrainingJob
-from comfyui_braid.engine.training.optimizer import OptimizerSpec
+from comfyui_braid.engine.training.optimizers.optimizer import OptimizerSpec
 from comfyui_braid.engine.training.options import (
     Checkpointing,
     Compilation,
@@ -19,6 +18,7 @@ from comfyui_braid.engine.training.options import (
     Validation,
 )
 from comfyui_braid.engine.training.plan import TrainingPlan
+from comfyui_braid.engine.training.states.identity import identity
 
 JOB = TrainingJob(
     plan=TrainingPlan(steps=7, learning_rate=3e-4, output_name="a/b", loss_type="huber"),

@@ -16,7 +16,7 @@ from comfyui_braid.engine.network.attach import attached
 from comfyui_braid.engine.network.spec import NetworkSpec
 from comfyui_braid.engine.training.history import LossHistory, StepRecord
 from comfyui_braid.engine.training.logs import TrainingLogs, open_logs, step_scalars
-from comfyui_braid.engine.training.optimizer import OptimizerSpec
+from comfyui_braid.engine.training.optimizers.optimizer import OptimizerSpec
 from comfyui_braid.engine.training.options import TrainingLog, Validation
 from comfyui_braid.engine.training.validation import Validator, validated
 

@@ -19,12 +19,12 @@ from comfyui_braid.engine.network.attach import attached
 from comfyui_braid.engine.network.spec import NetworkSpec
 from comfyui_braid.engine.timesteps.sampling import TimestepSampling
 from comfyui_braid.engine.training.dataset import Dataset, TrainingItem
-from comfyui_braid.engine.training.identity import Identity
 from comfyui_braid.engine.training.loop import TrainingDiverged
-from comfyui_braid.engine.training.optimizer import OPTIMIZERS, OptimizerSpec
-from comfyui_braid.engine.training.resume import resumed
-from comfyui_braid.engine.training.saving import find_state
-from comfyui_braid.engine.training.state import read_state, write_state
+from comfyui_braid.engine.training.optimizers.optimizer import OPTIMIZERS, OptimizerSpec
+from comfyui_braid.engine.training.states.identity import Identity
+from comfyui_braid.engine.training.states.resume import resumed
+from comfyui_braid.engine.training.states.saving import find_state
+from comfyui_braid.engine.training.states.state import read_state, write_state
 
 
 def test_two_runs_with_one_seed_give_the_same_bytes_and_another_seed_gives_others():

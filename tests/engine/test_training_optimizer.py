@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from comfyui_braid.engine.training.optimizer import (
+from comfyui_braid.engine.training.optimizers.optimizer import (
     Optimization,
     OptimizerSpec,
     find_optimizer_class,
 )
-from comfyui_braid.engine.training.schedule import LR_SCHEDULERS, rex
+from comfyui_braid.engine.training.optimizers.schedule import LR_SCHEDULERS, rex
 
 GOLDENS = Path(__file__).resolve().parent.parent / "goldens"
 REX = json.loads((GOLDENS / "training_rex.json").read_text())

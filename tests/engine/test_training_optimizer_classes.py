@@ -8,7 +8,7 @@ import pytest
 import torch
 from optimizer_packages import EVIL, OPTIMIZER, install, plant, traces
 
-from comfyui_braid.engine.training.optimizer_classes import (
+from comfyui_braid.engine.training.optimizers.classes import (
     OPTIMIZERS,
     PACKAGES,
     find_optimizer_class,

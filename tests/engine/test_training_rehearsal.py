@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from comfyui_braid.engine.training.optimizer import Optimization, OptimizerSpec
+from comfyui_braid.engine.training.optimizers.optimizer import Optimization, OptimizerSpec
+from comfyui_braid.engine.training.optimizers.rehearsal import rehearse
 from comfyui_braid.engine.training.plan import MAX_STEPS, TrainingPlan
-from comfyui_braid.engine.training.rehearsal import rehearse
 
 
 def groups(rate=1e-4, shapes=((4, 300), (300, 4))):

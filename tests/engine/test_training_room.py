@@ -3,7 +3,7 @@
 import pytest
 
 from comfyui_braid.engine.training.options import Checkpointing
-from comfyui_braid.engine.training.room import refuse_without_room, room_needed, tight
+from comfyui_braid.engine.training.states.room import refuse_without_room, room_needed, tight
 
 MIB = 2**20
 PARAMETERS = MIB // 4

@@ -15,23 +15,23 @@ import torch
 from full_disk import NO_ROOM, files_below, largest_file
 from training_runs import PLAN, assert_equal_states, make_run, train
 
+from comfyui_braid.engine.disk.writing import NotWrittenError
 from comfyui_braid.engine.files import write_safetensors
 from comfyui_braid.engine.network.attach import attached
 from comfyui_braid.engine.network.spec import NetworkSpec
 from comfyui_braid.engine.training.history import ValidationRecord
-from comfyui_braid.engine.training.identity import Identity, fingerprint
-from comfyui_braid.engine.training.optimizer import OptimizerSpec
+from comfyui_braid.engine.training.optimizers.optimizer import OptimizerSpec
 from comfyui_braid.engine.training.options import Checkpointing
-from comfyui_braid.engine.training.resume import resumed
-from comfyui_braid.engine.training.saving import (
+from comfyui_braid.engine.training.states.identity import Identity, fingerprint
+from comfyui_braid.engine.training.states.resume import resumed
+from comfyui_braid.engine.training.states.saving import (
     Saver,
     find_state,
     free_folder,
     run_folder,
     saved,
 )
-from comfyui_braid.engine.training.state import read_state, write_state
-from comfyui_braid.engine.writing import NotWrittenError
+from comfyui_braid.engine.training.states.state import read_state, write_state
 
 OURS, ANY = Identity(named={"seed": 7}), Identity(named={})
 EVERY_STEP = Checkpointing(save_every_n_steps=1, save_state=True)

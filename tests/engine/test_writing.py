@@ -15,14 +15,14 @@ import torch
 from full_disk import files_below, largest_file
 
 from comfyui_braid.engine import files
-from comfyui_braid.engine.files import read_header, write_safetensors
-from comfyui_braid.engine.writing import (
+from comfyui_braid.engine.disk.writing import (
     NotWrittenError,
     failures_said,
     in_bytes,
     remove_leftovers,
     replaced_when_whole,
 )
+from comfyui_braid.engine.files import read_header, write_safetensors
 
 TENSORS = {"a": torch.arange(5000.0), "b": torch.ones(3)}
 TESTS = Path(__file__).resolve().parent.parent

@@ -15,7 +15,7 @@ from comfyui_braid.engine.timesteps.sampling import TimestepSampling
 from comfyui_braid.engine.timesteps.stream import TimestepStream
 from comfyui_braid.engine.training.dataset import Dataset, TrainingItem
 from comfyui_braid.engine.training.loop import TrainingRun
-from comfyui_braid.engine.training.optimizer import Optimization, OptimizerSpec
+from comfyui_braid.engine.training.optimizers.optimizer import Optimization, OptimizerSpec
 from comfyui_braid.engine.training.plan import TrainingPlan
 
 PLAN = TrainingPlan(steps=6, batch_size=2, learning_rate=1e-3, seed=7, mixed_precision="no")

@@ -23,9 +23,9 @@ from comfyui_braid.engine.magcache.plan import MagCachePlan
 from comfyui_braid.engine.magcache.presets import preset_named
 from comfyui_braid.engine.network.spec import NetworkSpec
 from comfyui_braid.engine.training.options import Checkpointing, TrainingOptions
-from comfyui_braid.engine.training.saving import find_state, fingerprint
-from comfyui_braid.engine.training.state import read_state
-from comfyui_braid.nodes.ema import BraidPostHocEma
+from comfyui_braid.engine.training.states.saving import find_state, fingerprint
+from comfyui_braid.engine.training.states.state import read_state
+from comfyui_braid.nodes.ema.nodes import BraidPostHocEma
 from comfyui_braid.nodes.fp8 import BraidSaveFp8
 from comfyui_braid.nodes.magcache.nodes import BraidMagCacheCalibration
 from comfyui_braid.nodes.training.train import BraidTrainLora

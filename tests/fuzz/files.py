@@ -24,8 +24,8 @@ from comfyui_braid.engine.network.layers import LayerShape
 from comfyui_braid.engine.network.spec import NetworkSpec
 from comfyui_braid.engine.network.weights import AdapterWeights
 from comfyui_braid.engine.training.options import Checkpointing
-from comfyui_braid.engine.training.saving import Saver
-from comfyui_braid.engine.training.state import write_state
+from comfyui_braid.engine.training.states.saving import Saver
+from comfyui_braid.engine.training.states.state import write_state
 
 FLUX = architecture_of({"image_model": "flux"})
 LAYERS = {

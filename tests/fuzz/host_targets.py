@@ -18,14 +18,14 @@ from comfyui_braid.engine.comfyui.fp8.loader import Fp8Request, load_fp8
 from comfyui_braid.engine.fp8.checkpoint import comfy_quant
 from comfyui_braid.engine.fp8.policy import Fp8Policy
 from comfyui_braid.engine.playground.model import Flux, FluxShape
-from comfyui_braid.engine.training.optimizer import Optimization
+from comfyui_braid.engine.training.optimizers.optimizer import Optimization
 from comfyui_braid.nodes import live
-from comfyui_braid.nodes.ema import parse_sigma_rels
+from comfyui_braid.nodes.ema.nodes import parse_sigma_rels
 from comfyui_braid.nodes.magcache.inputs import load_calibration
 from comfyui_braid.nodes.network import BraidSaveLora
 from comfyui_braid.nodes.outputs import next_file
-from comfyui_braid.nodes.timestep_fields import MODE_FIELDS
-from comfyui_braid.nodes.timesteps import build_sampling
+from comfyui_braid.nodes.timesteps.fields import MODE_FIELDS
+from comfyui_braid.nodes.timesteps.nodes import build_sampling
 from comfyui_braid.nodes.training.checkpoints import load_checkpoints
 from comfyui_braid.nodes.training.optimizer import BraidOptimizer
 

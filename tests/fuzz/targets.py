@@ -13,6 +13,7 @@ from training_runs import make_run
 
 from comfyui_braid.engine.arguments import parse_patterns
 from comfyui_braid.engine.checkpoints import find_checkpoints
+from comfyui_braid.engine.disk.reading import damage_named
 from comfyui_braid.engine.ema.average import averaged, plan_average
 from comfyui_braid.engine.ema.reconstruction import plan_reconstruction, reconstructed
 from comfyui_braid.engine.ema.schedule import Power
@@ -38,11 +39,10 @@ from comfyui_braid.engine.network.metadata import parse_metadata
 from comfyui_braid.engine.network.spec import NetworkSpec, TargetPatterns, parse_network_args
 from comfyui_braid.engine.network.targets import select_targets
 from comfyui_braid.engine.playground.model import Flux, FluxShape
-from comfyui_braid.engine.reading import damage_named
-from comfyui_braid.engine.training.optimizer import Optimization, OptimizerSpec
+from comfyui_braid.engine.training.optimizers.optimizer import Optimization, OptimizerSpec
 from comfyui_braid.engine.training.plan import TrainingPlan
-from comfyui_braid.engine.training.resume import resumed
-from comfyui_braid.engine.training.saving import find_state, run_folder
+from comfyui_braid.engine.training.states.resume import resumed
+from comfyui_braid.engine.training.states.saving import find_state, run_folder
 
 from . import files
 from .containers import mutated_container, with_checksum

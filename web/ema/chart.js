@@ -1,6 +1,6 @@
 // @ts-check
 // Weight of each checkpoint over training time as SVG: draws the numbers of
-// nodes/ema_live.py and computes no weight.
+// nodes/ema/live.py and computes no weight.
 
 import { COLOURS, column, gap, label, line, path, short, svg, ticks } from "../live/svg.js";
 
@@ -10,7 +10,7 @@ const ROOM_FOR_MARKS = 3;
 
 export const name = "Weight of each checkpoint";
 
-/** What stands above the plot. @param {any} answer chart_json of nodes/ema_live.py */
+/** What stands above the plot. @param {any} answer chart_json of nodes/ema/live.py */
 export function heading(answer) {
   const { count, sigma_rel, requested_sigma_rel, unit, ideal } = answer;
   const asked = requested_sigma_rel == null ? "" : `, requested ${requested_sigma_rel.toFixed(3)}`;
@@ -35,7 +35,7 @@ function subtitle({ note, order_from, centre_of_mass, duplicates_left_out, earli
 }
 
 /**
- * @param {any} answer chart_json of nodes/ema_live.py
+ * @param {any} answer chart_json of nodes/ema/live.py
  * @param {{width: number, height: number}} size in CSS pixels
  */
 export function draw(answer, { width, height }) {

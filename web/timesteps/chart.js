@@ -1,5 +1,5 @@
 // @ts-check
-// The timestep preview as SVG: draws the numbers of nodes/timesteps.py and computes no distribution.
+// The timestep preview as SVG: draws the numbers of nodes/timesteps/nodes.py and computes no distribution.
 
 import { COLOURS, clipped, column, gap, label, line, path, short, svg, ticks } from "../live/svg.js";
 
@@ -9,7 +9,7 @@ const LOSS_GAP = 24;
 
 export const name = "Timestep distribution";
 
-/** What stands above the plot. @param {any} answer chart_json of nodes/timesteps.py */
+/** What stands above the plot. @param {any} answer chart_json of nodes/timesteps/nodes.py */
 export function heading({ title, subtitle, effective, run }) {
   const legend = [
     ["drawn", COLOURS.bars, "bar"],
@@ -21,7 +21,7 @@ export function heading({ title, subtitle, effective, run }) {
 }
 
 /**
- * @param {any} answer chart_json of nodes/timesteps.py
+ * @param {any} answer chart_json of nodes/timesteps/nodes.py
  * @param {{width: number, height: number}} size in CSS pixels
  */
 export function draw(answer, { width, height }) {

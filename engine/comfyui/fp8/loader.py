@@ -18,6 +18,7 @@ from comfy.quant_ops import QuantizedTensor
 from comfy.supported_models_base import BASE
 from torch import Tensor, nn
 
+from ...disk.reading import AGAIN, damage_named, one_line
 from ...files import mapped_tensors
 from ...fp8.checkpoint import Fp8Checkpoint, format_name, recognise, without_prefix
 from ...fp8.policy import Decision, Fp8Policy
@@ -25,7 +26,6 @@ from ...fp8.report import Fp8Report, LayerReport
 from ...fp8.source import map_tensors
 from ...fp8.stream import Merge, granularity_of, quantized_stream
 from ...network.layers import is_linear
-from ...reading import AGAIN, damage_named, one_line
 from ..progress import reported
 
 logger = logging.getLogger("comfyui_braid.fp8")

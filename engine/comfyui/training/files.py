@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...checkpoints import SHADOWS_SUFFIX, AdapterStateDict, Checkpoints
+from ...disk.writing import NotWrittenError, replaced_when_whole
 from ...ema.shadows import SIGMA_RELS, Shadows
 from ...network.architectures import Architecture
 from ...network.attach import Network
@@ -15,10 +16,9 @@ from ...network.checkpoint import state_dict_of, weights_of, write_adapter
 from ...network.keys import encoded
 from ...network.metadata import adapter_metadata
 from ...training.loop import TrainingRun, TrainingStep
-from ...training.resume import resumed
-from ...training.room import refuse_without_room, room_needed, tight
-from ...training.saving import Saver, free_folder
-from ...writing import NotWrittenError, replaced_when_whole
+from ...training.states.resume import resumed
+from ...training.states.room import refuse_without_room, room_needed, tight
+from ...training.states.saving import Saver, free_folder
 from .records import Resolved, musubi_fields, timestep_range
 
 

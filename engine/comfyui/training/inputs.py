@@ -8,11 +8,11 @@ from comfy.model_patcher import ModelPatcher
 
 from ...network.spec import NetworkSpec
 from ...timesteps.sampling import TimestepSampling
-from ...training.identity import fingerprint
 from ...training.job import DataReference, ModelReference, TrainingJob
-from ...training.optimizer import OptimizerSpec
+from ...training.optimizers.optimizer import OptimizerSpec
 from ...training.options import Checkpointing, TrainingOptions
 from ...training.plan import TrainingPlan
+from ...training.states.identity import fingerprint
 from ..model import architecture_of, file_name_of
 from .items import Pair, pair_items
 from .preview import PreviewSampling

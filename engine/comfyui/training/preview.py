@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ...disk.writing import NotWrittenError, replaced_when_whole
 from ...training.loop import TrainingRun, TrainingStep
-from ...writing import NotWrittenError, replaced_when_whole
 from ..differentiable.denoiser import ComfyDenoiser
 
 logger = logging.getLogger("comfyui_braid.training")

@@ -10,8 +10,8 @@ from typing import Any
 from ...checkpoints import AdapterStateDict, Checkpoints
 from ...network.architectures import Architecture
 from ...timesteps.sampling import TimestepSampling
-from ...training.identity import Identity, Layers, identity
 from ...training.job import TrainingJob
+from ...training.states.identity import Identity, Layers, identity
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,9 +17,9 @@ from ...training.dataset import Dataset, TrainingItem
 from ...training.job import TrainingJob
 from ...training.logs import TrainingLogs, open_logs
 from ...training.loop import TrainingRun, TrainingStep
-from ...training.optimizer import Optimization
-from ...training.rehearsal import rehearse
-from ...training.saving import find_state, run_folder, saved
+from ...training.optimizers.optimizer import Optimization
+from ...training.optimizers.rehearsal import rehearse
+from ...training.states.saving import find_state, run_folder, saved
 from ...training.validation import Validator, validated
 from ..differentiable.compilation import Compiled, compiled, compiled_steps
 from ..differentiable.denoiser import ComfyDenoiser, training_session

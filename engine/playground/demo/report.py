@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ...writing import replaced_when_whole
+from ...disk.writing import replaced_when_whole
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2330; --dim: #667; --paper: #fff; --line: #d8dce6; }

@@ -24,10 +24,10 @@ from ...timesteps.stream import TimestepStream
 from ...training.dataset import Dataset, TrainingItem
 from ...training.figure import draw_history
 from ...training.loop import TrainingRun
-from ...training.optimizer import Optimization, OptimizerSpec
+from ...training.optimizers.optimizer import Optimization, OptimizerSpec
 from ...training.options import Checkpointing
 from ...training.plan import TrainingPlan
-from ...training.saving import Saver, free_folder, saved
+from ...training.states.saving import Saver, free_folder, saved
 from ..denoiser import PlaygroundDenoiser
 from ..glyphs import (
     LETTERS,

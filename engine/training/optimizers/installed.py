@@ -19,7 +19,7 @@ from types import ModuleType
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
-from ..refusals import said
+from ...refusals import said
 
 SITE_FOLDERS = ("site-packages", "dist-packages")
 """What the folders into which pip installs are called; Debian's has the second name."""

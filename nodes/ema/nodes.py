@@ -6,23 +6,18 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..engine.canvas import as_image
-from ..engine.checkpoints import Checkpoints
-from ..engine.comfyui.progress import completed
-from ..engine.ema.average import (
-    SPACES,
-    averaged,
-    plan_average,
-    report_json,
-)
-from ..engine.ema.figure import draw_reconstruction, draw_weights
-from ..engine.ema.order import SORTS
-from ..engine.ema.reconstruction import plan_reconstruction, reconstructed
-from ..engine.ema.schedule import Power
-from . import sockets
-from .ema_fields import METHODS, parse_schedule, sigma_rel_input
-from .ema_live import chart_json
-from .outputs import next_file, shown_picture
+from ...engine.canvas import as_image
+from ...engine.checkpoints import Checkpoints
+from ...engine.comfyui.progress import completed
+from ...engine.ema.average import SPACES, averaged, plan_average, report_json
+from ...engine.ema.figure import draw_reconstruction, draw_weights
+from ...engine.ema.order import SORTS
+from ...engine.ema.reconstruction import plan_reconstruction, reconstructed
+from ...engine.ema.schedule import Power
+from .. import sockets
+from ..outputs import next_file, shown_picture
+from .fields import METHODS, parse_schedule, sigma_rel_input
+from .live import chart_json
 
 MOST_WIDTHS = 64
 """LoRAs of a sweep: all of them are held in memory."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from ..refusals import did_you_mean, said, shortened
+from ...refusals import did_you_mean, said, shortened
 
 LR_SCHEDULERS = (
     "constant",

@@ -3,15 +3,15 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ..engine.ema.average import AveragePlan, plan_average, plan_for_order
-from ..engine.ema.figure import bars_of, ideal_curve
-from ..engine.ema.order import planned_order, selected
-from ..engine.ema.schedule import Schedule
-from ..engine.folders import SearchEndedError
-from ..engine.training.options import Checkpointing
-from .ema_fields import parse_schedule
-from .live_node import DecidedByTheRunError, LiveNode
-from .training.checkpoints import live_checkpoints, live_search
+from ...engine.disk.folders import SearchEndedError
+from ...engine.ema.average import AveragePlan, plan_average, plan_for_order
+from ...engine.ema.figure import bars_of, ideal_curve
+from ...engine.ema.order import planned_order, selected
+from ...engine.ema.schedule import Schedule
+from ...engine.training.options import Checkpointing
+from ..live_node import DecidedByTheRunError, LiveNode
+from ..training.checkpoints import live_checkpoints, live_search
+from .fields import parse_schedule
 
 EXAMPLE_COUNT = 10
 """Checkpoints that the live chart shows while no run is known."""

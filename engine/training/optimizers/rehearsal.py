@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ..refusals import said, shortened
+from ...refusals import said, shortened
 from .optimizer import Optimization, OptimizerSpec
 
 logger = logging.getLogger("comfyui_braid.training")

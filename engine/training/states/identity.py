@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..network.layers import LayerShape
-from ..network.spec import NetworkSpec
-from ..timesteps.sampling import TimestepSampling
-from .job import TrainingJob
-from .plan import TrainingPlan
+from ...network.layers import LayerShape
+from ...network.spec import NetworkSpec
+from ...timesteps.sampling import TimestepSampling
+from ..job import TrainingJob
+from ..plan import TrainingPlan
 
 VERSION = 2
 """1 was the text of whole settings, written by Braid 0.1.0."""

@@ -5,7 +5,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..engine.ema.schedule import BetaRamp, MusubiPower, Power, Schedule
+from ...engine.ema.schedule import BetaRamp, MusubiPower, Power, Schedule
 
 
 def sigma_rel_input(default: float, tooltip: str) -> io.Float.Input:

@@ -8,9 +8,9 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..engine.canvas import as_image
-from ..engine.timesteps.figure import draw_preview, subtitle, title
-from ..engine.timesteps.preview import (
+from ...engine.canvas import as_image
+from ...engine.timesteps.figure import draw_preview, subtitle, title
+from ...engine.timesteps.preview import (
     MAX_BINS,
     MAX_PIXELS,
     MAX_SAMPLES,
@@ -20,10 +20,10 @@ from ..engine.timesteps.preview import (
     measure_preview,
     measure_run,
 )
-from ..engine.timesteps.sampling import TimestepSampling
-from . import sockets
-from .live_node import LiveNode
-from .timestep_fields import MODE_FIELDS
+from ...engine.timesteps.sampling import TimestepSampling
+from .. import sockets
+from ..live_node import LiveNode
+from .fields import MODE_FIELDS
 
 LIVE_SAMPLES = 200_000
 """Draws of the live chart, a few hundredths of a second."""

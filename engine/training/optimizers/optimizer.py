@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from ..arguments import check_values, refuse_unknown
-from ..refusals import said, shortened
-from .form import optimizer_like, part_of, schedule_like
-from .optimizer_classes import OPTIMIZERS, find_optimizer_class
-from .plan import MAX_STEPS
+from ...arguments import check_values, refuse_unknown
+from ...refusals import said, shortened
+from ..plan import MAX_STEPS
+from ..states.form import optimizer_like, part_of, schedule_like
+from .classes import OPTIMIZERS, find_optimizer_class
 from .schedule import LR_SCHEDULERS, build_schedule
 
 DEFAULT_ARGUMENTS: dict[str, dict[str, Any]] = {

@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints import Checkpoint, Checkpoints
-from ..reading import shown
-from ..writing import NotWrittenError, remove_leftovers
+from ...checkpoints import Checkpoint, Checkpoints
+from ...disk.reading import shown
+from ...disk.writing import NotWrittenError, remove_leftovers
+from ..loop import TrainingRun, TrainingStep
+from ..options import Checkpointing
 from .identity import Identity
-from .loop import TrainingRun, TrainingStep
-from .options import Checkpointing
 from .state import STATE_SUFFIX, write_state
 
 logger = logging.getLogger("comfyui_braid.training")

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files import mapped_tensors, read_header, write_safetensors
-from ..reading import DamagedFileError, parse_json, shown
+from ...disk.reading import DamagedFileError, parse_json, shown
+from ...files import mapped_tensors, read_header, write_safetensors
 
 STATE_SUFFIX = ".state"
 FORMAT = "braid training state 2"

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..reading import shown
+from ...disk.reading import shown
 
 LARGEST_COUNT = 2**53
 

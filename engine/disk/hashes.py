@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import safetensors.torch
 from torch import Tensor
 
-from .files import TensorEntry, header_bytes
+from ..files import TensorEntry, header_bytes
 
 LEGACY_HASH_OFFSET = 0x100000
 LEGACY_HASH_LENGTH = 0x10000

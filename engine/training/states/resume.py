@@ -4,12 +4,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints import SHADOWS_SUFFIX, step_of
-from ..files import read_header
-from ..reading import DamagedFileError, one_line, shown
+from ...checkpoints import SHADOWS_SUFFIX, step_of
+from ...disk.reading import DamagedFileError, one_line, shown
+from ...files import read_header
+from ..loop import TrainingRun
 from .form import count_of, part_of
 from .identity import Identity
-from .loop import TrainingRun
 from .saving import STEP_NAME
 from .state import STATE_SUFFIX, read_state
 

@@ -14,7 +14,7 @@ from types import ModuleType
 
 import torch
 
-from ..refusals import did_you_mean, shortened
+from ...refusals import did_you_mean, shortened
 from .installed import import_installed, installed_distributions
 
 OPTIMIZERS = {

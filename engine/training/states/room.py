@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..writing import free_bytes, in_bytes, largest_file
-from .options import Checkpointing
+from ...disk.writing import free_bytes, in_bytes, largest_file
+from ..options import Checkpointing
 
 BYTES_PER_PARAMETER = 4  # adapters are saved in float32
 MOMENTS = 2

@@ -1,0 +1,1 @@
+"""Post-hoc EMA: averages of checkpoints, live and as a run has them."""

@@ -1,0 +1,1 @@
+"""Which noise levels a run trains on, and the live picture of them."""
