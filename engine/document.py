@@ -1,8 +1,10 @@
 """Dataclasses out of JSON documents, checked by the types of their fields."""
 
+from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from .disk.reading import is_unicode, shown
 
@@ -13,7 +15,8 @@ def object_from(of: type, raw: Any) -> Any:
     """The dataclass `of` from a JSON object; a newer version's fields are left out."""
     if not isinstance(raw, dict):
         raise ValueError(f"{of.__name__} is {shown(raw)}")
-    if missing := [f.name for f in fields(of) if f.default is MISSING and f.name not in raw]:
+    needed = (f.name for f in fields(of) if f.default is f.default_factory is MISSING)
+    if missing := [name for name in needed if name not in raw]:
         raise ValueError(f"{of.__name__} lacks {', '.join(missing)}")
     return of(**{f.name: _read(f.name, f.type, raw[f.name]) for f in fields(of) if f.name in raw})
 
@@ -28,8 +31,18 @@ def _read(name: str, kind: Any, value: Any) -> Any:
         return object_from(wanted, value)
     if get_origin(wanted) is tuple:
         return _list(name, get_args(wanted)[0], value)
+    if wanted is Path and isinstance(value, str):
+        return Path(_checked(name, str, value))
+    if get_origin(wanted) is Mapping and isinstance(value, dict):
+        return value
+    if get_origin(wanted) is Literal and value not in get_args(wanted):
+        raise ValueError(f"{name} is {shown(value)}; choose one of {', '.join(get_args(wanted))}")
+    return _checked(name, str if get_origin(wanted) is Literal else wanted, value)
+
+
+def _checked(name: str, wanted: type, value: Any) -> Any:
     accepted = int | float if wanted is float else wanted
-    if isinstance(value, bool) or not isinstance(value, accepted):
+    if isinstance(value, bool) is not (wanted is bool) or not isinstance(value, accepted):
         raise ValueError(f"{name} is {shown(value)}")
     if isinstance(value, str) and (len(value) > LONGEST_TEXT or not is_unicode(value)):
         raise ValueError(f"{name} is {shown(value)}")

@@ -20,6 +20,7 @@ SHIPPED = {
     "CONTRIBUTING.md",
     "LICENSE",
     "README.md",
+    "SECURITY.md",
     "docs",
     "engine",
     "example_workflows",

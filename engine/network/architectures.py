@@ -19,16 +19,7 @@ from dataclasses import dataclass, field
 from types import EllipsisType
 from typing import Any
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Rename:
-    """One layer of ComfyUI's model under the name, or names, that another program gives it."""
-
-    layer: str
-    """Regular expression that must match the whole of our dotted name."""
-    names: tuple[str, ...]
-    """Other name with \\1 … from `layer`; several when the other program holds the rows of our
-    weight in separate layers, from the top: (q, k, v) or (q, k, v, mlp)."""
+from .renames import FLUX, FLUX_2, HUNYUAN, HUNYUAN_15_SPLIT, KREA_2, LUMINA_BLOCK, Z_IMAGE, Rename
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,116 +52,20 @@ class Architecture:
 
 _STREAM_BLOCKS = r"(double_blocks|single_blocks)\..*"
 _STREAM_MODULATION = (r".*(img_mod|txt_mod|modulation)\.lin.*",)
-_DOUBLE = r"double_blocks\.(\d+)\."
-_SINGLE = r"single_blocks\.(\d+)\."
-
-# diffusers' FluxTransformer2DModel; ComfyUI: comfy.utils.flux_to_diffusers
-_FLUX_DOUBLE = tuple(
-    Rename(layer=_DOUBLE + layer, names=tuple(rf"transformer_blocks.\1.{name}" for name in names))
-    for layer, names in (
-        (r"img_attn\.qkv", ("attn.to_q", "attn.to_k", "attn.to_v")),
-        (r"txt_attn\.qkv", ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")),
-        (r"img_attn\.proj", ("attn.to_out.0",)),
-        (r"txt_attn\.proj", ("attn.to_add_out",)),
-    )
-)
-_FLUX = _FLUX_DOUBLE + (
-    Rename(layer=_DOUBLE + r"img_mod\.lin", names=(r"transformer_blocks.\1.norm1.linear",)),
-    Rename(layer=_DOUBLE + r"txt_mod\.lin", names=(r"transformer_blocks.\1.norm1_context.linear",)),
-    Rename(layer=_DOUBLE + r"img_mlp\.0", names=(r"transformer_blocks.\1.ff.net.0.proj",)),
-    Rename(layer=_DOUBLE + r"img_mlp\.2", names=(r"transformer_blocks.\1.ff.net.2",)),
-    Rename(layer=_DOUBLE + r"txt_mlp\.0", names=(r"transformer_blocks.\1.ff_context.net.0.proj",)),
-    Rename(layer=_DOUBLE + r"txt_mlp\.2", names=(r"transformer_blocks.\1.ff_context.net.2",)),
-    Rename(
-        layer=_SINGLE + r"linear1",
-        names=(
-            r"single_transformer_blocks.\1.attn.to_q",
-            r"single_transformer_blocks.\1.attn.to_k",
-            r"single_transformer_blocks.\1.attn.to_v",
-            r"single_transformer_blocks.\1.proj_mlp",
-        ),
-    ),
-    Rename(layer=_SINGLE + r"linear2", names=(r"single_transformer_blocks.\1.proj_out",)),
-    Rename(
-        layer=_SINGLE + r"modulation\.lin", names=(r"single_transformer_blocks.\1.norm.linear",)
-    ),
-)
-_FLUX_2 = _FLUX_DOUBLE + (
-    Rename(layer=_DOUBLE + r"img_mlp\.0", names=(r"transformer_blocks.\1.ff.linear_in",)),
-    Rename(layer=_DOUBLE + r"img_mlp\.2", names=(r"transformer_blocks.\1.ff.linear_out",)),
-    Rename(layer=_DOUBLE + r"txt_mlp\.0", names=(r"transformer_blocks.\1.ff_context.linear_in",)),
-    Rename(layer=_DOUBLE + r"txt_mlp\.2", names=(r"transformer_blocks.\1.ff_context.linear_out",)),
-    Rename(
-        layer=_SINGLE + r"linear1", names=(r"single_transformer_blocks.\1.attn.to_qkv_mlp_proj",)
-    ),
-    Rename(layer=_SINGLE + r"linear2", names=(r"single_transformer_blocks.\1.attn.to_out",)),
-)
-# HunyuanVideo as Tencent, musubi and diffusion-pipe name it; diffusers converts these on loading
-_HUNYUAN = (
-    Rename(layer=_DOUBLE + r"(img|txt)_attn\.(qkv|proj)", names=(r"double_blocks.\1.\2_attn_\3",)),
-    Rename(layer=_DOUBLE + r"(img|txt)_mlp\.0", names=(r"double_blocks.\1.\2_mlp.fc1",)),
-    Rename(layer=_DOUBLE + r"(img|txt)_mlp\.2", names=(r"double_blocks.\1.\2_mlp.fc2",)),
-    Rename(layer=_DOUBLE + r"(img|txt)_mod\.lin", names=(r"double_blocks.\1.\2_mod.linear",)),
-    Rename(layer=_SINGLE + r"modulation\.lin", names=(r"single_blocks.\1.modulation.linear",)),
-)
-_HUNYUAN_15_SPLIT = (
-    Rename(
-        layer=_DOUBLE + r"(img|txt)_attn\.qkv",
-        names=tuple(rf"double_blocks.\1.\2_attn_{part}" for part in "qkv"),
-    ),
-)
-_LUMINA_BLOCK = r"(layers|noise_refiner|context_refiner)\.(\d+)\."
-_Z_IMAGE = (
-    Rename(
-        layer=_LUMINA_BLOCK + r"attention\.qkv",
-        names=tuple(rf"\1.\2.attention.to_{part}" for part in "qkv"),
-    ),
-    Rename(layer=_LUMINA_BLOCK + r"attention\.out", names=(r"\1.\2.attention.to_out.0",)),
-)
-_KREA_2 = tuple(
-    Rename(layer=ours + r"\.(\d+)\." + layer, names=(f"{theirs}.{name}",))
-    for ours, theirs in (
-        (r"blocks", r"transformer_blocks.\1"),
-        (r"txtfusion\.layerwise_blocks", r"text_fusion.layerwise_blocks.\1"),
-        (r"txtfusion\.refiner_blocks", r"text_fusion.refiner_blocks.\1"),
-    )
-    for layer, name in (
-        (r"attn\.wq", "attn.to_q"),
-        (r"attn\.wk", "attn.to_k"),
-        (r"attn\.wv", "attn.to_v"),
-        (r"attn\.gate", "attn.to_gate"),
-        (r"attn\.wo", "attn.to_out.0"),
-        (r"mlp\.gate", "ff.gate"),
-        (r"mlp\.up", "ff.up"),
-        (r"mlp\.down", "ff.down"),
-    )
-) + tuple(
-    Rename(layer=layer, names=(name,))
-    for layer, name in (
-        (r"first", "img_in"),
-        (r"tmlp\.0", "time_embed.linear_1"),
-        (r"tmlp\.2", "time_embed.linear_2"),
-        (r"tproj\.1", "time_mod_proj"),
-        (r"txtmlp\.1", "txt_in.linear_1"),
-        (r"txtmlp\.3", "txt_in.linear_2"),
-        (r"txtfusion\.projector", "text_fusion.projector"),
-        (r"last\.linear", "final_layer.linear"),
-    )
-)
 _FLUX_2_COMMON: dict[str, Any] = dict(
     layers=_STREAM_BLOCKS,  # the modulation of FLUX.2 is shared and lies outside the blocks
     implementation="https://github.com/black-forest-labs/flux2",
     diffusers_prefix="transformer.",
-    diffusers=_FLUX_2,
+    diffusers=FLUX_2,
 )
 _HUNYUAN_COMMON: dict[str, Any] = dict(
     layers=_STREAM_BLOCKS,
     exclude=_STREAM_MODULATION,
     diffusers_prefix="transformer.",
-    diffusers=_HUNYUAN,
+    diffusers=HUNYUAN,
 )
 _LUMINA_COMMON: dict[str, Any] = dict(
-    layers=_LUMINA_BLOCK + ".*",
+    layers=LUMINA_BLOCK + ".*",
     exclude=(r".*adaLN_modulation.*", r".*_refiner.*"),
 )
 
@@ -196,7 +91,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         modelspec="Flux.1-dev",
         implementation="https://github.com/black-forest-labs/flux",
         diffusers_prefix="transformer.",
-        diffusers=_FLUX,
+        diffusers=FLUX,
     ),
     Architecture(
         title="FLUX.2 klein 4B",
@@ -264,7 +159,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         modelspec="hunyuan-video-1.5",
         implementation="https://github.com/Tencent-Hunyuan/HunyuanVideo-1.5",
         resolution="1280x720",
-        musubi=_HUNYUAN_15_SPLIT,
+        musubi=HUNYUAN_15_SPLIT,
         **_HUNYUAN_COMMON,
     ),
     Architecture(
@@ -292,7 +187,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         modelspec="Z-Image",
         implementation="https://github.com/Tongyi-MAI/Z-Image",
         diffusers_prefix="transformer.",
-        diffusers=_Z_IMAGE,
+        diffusers=Z_IMAGE,
         **_LUMINA_COMMON,
     ),
     Architecture(
@@ -303,7 +198,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         implementation="https://github.com/Alpha-VLLM/Lumina-Image-2.0",
         # ComfyUI's map of separate q, k, v is only right for as many key as query heads (Z-Image),
         # so these files keep ComfyUI's names, which diffusers converts.
-        musubi=_Z_IMAGE,
+        musubi=Z_IMAGE,
         **_LUMINA_COMMON,
     ),
     Architecture(
@@ -325,7 +220,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         modelspec="Krea-2",
         implementation="https://github.com/krea-ai/krea-2",
         diffusers_prefix="transformer.",
-        diffusers=_KREA_2,
+        diffusers=KREA_2,
     ),
     Architecture(
         title="Ideogram 4",

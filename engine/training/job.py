@@ -5,16 +5,20 @@ The model and the data are references; what they refer to travels beside the job
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ..disk.reading import parse_json
+from ..document import object_from
 from ..network.spec import NetworkSpec
 from ..timesteps.sampling import TimestepSampling
 from .optimizers.optimizer import OptimizerSpec
 from .options import Checkpointing, Compilation, Preview, TrainingLog, Validation
 from .plan import TrainingPlan
 
+DEEPEST = 8
+"""Brackets in each other; a job has four."""
 SCHEMA = 1
 """Of the JSON form; raised when a field changes its meaning, not when one is added."""
 
@@ -70,22 +74,17 @@ class TrainingJob:
 
     def to_json(self) -> str:
         """The job as JSON, every field under its name."""
-        return _adapter().dump_json(self, indent=1).decode()
+        return json.dumps(asdict(self), indent=1, default=Path.as_posix)
 
     @staticmethod
     def from_json(text: str | bytes) -> "TrainingJob":
         """The job that `to_json` wrote; ValueError in one sentence for anything else."""
-        from pydantic import ValidationError
-
         try:
-            job = _adapter().validate_json(text, strict=True)
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            where = ".".join(str(part) for part in first["loc"]) or "its text"
-            raise ValueError(
-                f"this is not a training job: {where}: {first['msg']}; save the job again"
-            ) from error
-        if unknown := _unknown(json.loads(text), json.loads(job.to_json())):
+            given = parse_json(text, DEEPEST)
+            job = object_from(TrainingJob, given)
+        except ValueError as error:
+            raise ValueError(f"this is not a training job: {error}; save the job again") from error
+        if unknown := _unknown(given, json.loads(job.to_json())):
             raise ValueError(
                 f"this is not a training job of this version: it has {unknown}, which no job has; "
                 "save the job again"
@@ -96,13 +95,6 @@ class TrainingJob:
             lr_scheduler_args=_with_tuples(job.optimizer.lr_scheduler_args),
         )
         return replace(job, optimizer=optimizer)
-
-
-def _adapter() -> Any:
-    """pydantic's reader and writer of jobs: it knows the type of every field from the dataclass."""
-    from pydantic import TypeAdapter
-
-    return TypeAdapter(TrainingJob)
 
 
 def _unknown(given: Any, known: Any, prefix: str = "") -> str:

@@ -15,18 +15,18 @@ import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.quant_ops import QuantizedTensor
-from comfy.supported_models_base import BASE
 from torch import Tensor, nn
 
 from ...disk.reading import AGAIN, damage_named, one_line
 from ...files import mapped_tensors
 from ...fp8.checkpoint import Fp8Checkpoint, format_name, recognise, without_prefix
-from ...fp8.policy import Decision, Fp8Policy
+from ...fp8.policy import Fp8Policy
 from ...fp8.report import Fp8Report, LayerReport
 from ...fp8.source import map_tensors
 from ...fp8.stream import Merge, granularity_of, quantized_stream
 from ...network.layers import is_linear
 from ..progress import reported
+from .skeleton import Skeleton, build_skeleton, decide_layers
 
 logger = logging.getLogger("comfyui_braid.fp8")
 
@@ -51,25 +51,6 @@ class Fp8Model:
 
     patcher: ModelPatcher
     report: Fp8Report
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Skeleton:
-    """The model of a state dict, without weights."""
-
-    config: BASE
-    model: nn.Module
-    """On the meta device."""
-    module_keys: dict[str, str]
-    """Key in the file -> key in `model.diffusion_model`; what ComfyUI rewrites is absent."""
-
-    @property
-    def architecture(self) -> str:
-        """The name that presets go by."""
-        name = self.config.unet_config.get("image_model", "unet")
-        if name == "hunyuan_video" and self.config.unet_config.get("vision_in_dim"):
-            return "hunyuan_video_1.5"
-        return name
 
 
 def load_fp8(request: Fp8Request, disable_dynamic: bool = False) -> Fp8Model:
@@ -164,36 +145,6 @@ def _quantized(
             f"are called {', '.join(layer.name for layer in layers[:3])}, …"
         )
     return ready, Fp8Report(layers=tuple(layers), notes=tuple(notes), other_bytes=other_bytes)
-
-
-def build_skeleton(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Skeleton | None:
-    """The model that ComfyUI would build for these tensors, on the meta device; None if unknown."""
-    config = comfy.model_detection.model_config_from_unet(dict(tensors), "", metadata=metadata)
-    if config is None:
-        return None
-    config.set_inference_dtype(torch.bfloat16, None)
-    model = config.get_model(dict(tensors), "", device="meta")
-    names = {id(tensor): key for key, tensor in tensors.items()}
-    renamed = config.process_unet_state_dict(dict(tensors))
-    module_keys = {names[id(t)]: key for key, t in renamed.items() if id(t) in names}
-    return Skeleton(config=config, model=model, module_keys=module_keys)
-
-
-def decide_layers(
-    skeleton: Skeleton, tensors: Mapping[str, Tensor], policy: Fp8Policy
-) -> dict[str, Decision]:
-    """A decision for the weight of every Linear, by its key in the file."""
-    linears = {
-        name for name, module in skeleton.model.diffusion_model.named_modules() if is_linear(module)
-    }
-    keys = {
-        skeleton.module_keys.get(key, "").removesuffix(".weight"): key
-        for key in tensors
-        if key.endswith(".weight")
-    }
-    names = [name for name in keys if name in linears]
-    decided = policy.decide(names, skeleton.architecture)
-    return {keys[name]: decided[name] for name in names}
 
 
 def _lora_merge(skeleton: Skeleton, request: Fp8Request) -> tuple[Merge, str]:

@@ -84,17 +84,13 @@ def train_lora(job: TrainingJob, inputs: TrainingInputs, say: Callable[[str], No
             files.resume(state_file)
             say(f"resumed at step {run.step} from {state_file.name}")
         files.warn_if_tight()
-        previewer = _build_previewer(job, inputs, denoiser, folder)
         steps = files.shadowed(compiled_steps(run, compilation))
         if job.validation:
             steps = validated(steps, run, Validator(held_out, job.validation))
         steps = saved(steps, run, files.saver, warn)
-        if previewer:
-            steps = previewed(steps, run, previewer)
-        if job.log:
-            steps = _logged(steps, open_logs(job.log, resolved.record(), run, warn), previewer)
-        remaining = job.plan.steps - run.step
-        steps = reported(steps, remaining, picture=LivePicture(run, previewer))
+        steps = _watched(
+            steps, run, resolved, _build_previewer(job, inputs, denoiser, folder), warn
+        )
         _train(steps, run, files, say)
         lora, shadows = files.save_finished(), files.save_shadows()
     return Outcome(
@@ -160,6 +156,23 @@ def _train(
             logger.warning(text)
             say(text)
         raise
+
+
+def _watched(
+    steps: Iterator[TrainingStep],
+    run: TrainingRun,
+    resolved: Resolved,
+    previewer: Previewer | None,
+    warn: Callable[[str], None],
+) -> Iterator[TrainingStep]:
+    """The steps with previews, logs and the picture in the node around them."""
+    job = resolved.job
+    if previewer:
+        steps = previewed(steps, run, previewer)
+    if job.log:
+        steps = _logged(steps, open_logs(job.log, resolved.record(), run, warn), previewer)
+    remaining = job.plan.steps - run.step
+    return reported(steps, remaining, picture=LivePicture(run, previewer))
 
 
 def _build_previewer(

@@ -1,0 +1,112 @@
+"""What diffusers calls the layers of each family, for adapter files under its names."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rename:
+    """One layer of ComfyUI's model under the name, or names, that another program gives it."""
+
+    layer: str
+    """Regular expression that must match the whole of our dotted name."""
+    names: tuple[str, ...]
+    """Other name with \\1 … from `layer`; several when the other program holds the rows of our
+    weight in separate layers, from the top: (q, k, v) or (q, k, v, mlp)."""
+
+
+_DOUBLE = r"double_blocks\.(\d+)\."
+_SINGLE = r"single_blocks\.(\d+)\."
+
+# diffusers' FluxTransformer2DModel; ComfyUI: comfy.utils.flux_to_diffusers
+FLUX_DOUBLE = tuple(
+    Rename(layer=_DOUBLE + layer, names=tuple(rf"transformer_blocks.\1.{name}" for name in names))
+    for layer, names in (
+        (r"img_attn\.qkv", ("attn.to_q", "attn.to_k", "attn.to_v")),
+        (r"txt_attn\.qkv", ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")),
+        (r"img_attn\.proj", ("attn.to_out.0",)),
+        (r"txt_attn\.proj", ("attn.to_add_out",)),
+    )
+)
+FLUX = FLUX_DOUBLE + (
+    Rename(layer=_DOUBLE + r"img_mod\.lin", names=(r"transformer_blocks.\1.norm1.linear",)),
+    Rename(layer=_DOUBLE + r"txt_mod\.lin", names=(r"transformer_blocks.\1.norm1_context.linear",)),
+    Rename(layer=_DOUBLE + r"img_mlp\.0", names=(r"transformer_blocks.\1.ff.net.0.proj",)),
+    Rename(layer=_DOUBLE + r"img_mlp\.2", names=(r"transformer_blocks.\1.ff.net.2",)),
+    Rename(layer=_DOUBLE + r"txt_mlp\.0", names=(r"transformer_blocks.\1.ff_context.net.0.proj",)),
+    Rename(layer=_DOUBLE + r"txt_mlp\.2", names=(r"transformer_blocks.\1.ff_context.net.2",)),
+    Rename(
+        layer=_SINGLE + r"linear1",
+        names=(
+            r"single_transformer_blocks.\1.attn.to_q",
+            r"single_transformer_blocks.\1.attn.to_k",
+            r"single_transformer_blocks.\1.attn.to_v",
+            r"single_transformer_blocks.\1.proj_mlp",
+        ),
+    ),
+    Rename(layer=_SINGLE + r"linear2", names=(r"single_transformer_blocks.\1.proj_out",)),
+    Rename(
+        layer=_SINGLE + r"modulation\.lin", names=(r"single_transformer_blocks.\1.norm.linear",)
+    ),
+)
+FLUX_2 = FLUX_DOUBLE + (
+    Rename(layer=_DOUBLE + r"img_mlp\.0", names=(r"transformer_blocks.\1.ff.linear_in",)),
+    Rename(layer=_DOUBLE + r"img_mlp\.2", names=(r"transformer_blocks.\1.ff.linear_out",)),
+    Rename(layer=_DOUBLE + r"txt_mlp\.0", names=(r"transformer_blocks.\1.ff_context.linear_in",)),
+    Rename(layer=_DOUBLE + r"txt_mlp\.2", names=(r"transformer_blocks.\1.ff_context.linear_out",)),
+    Rename(
+        layer=_SINGLE + r"linear1", names=(r"single_transformer_blocks.\1.attn.to_qkv_mlp_proj",)
+    ),
+    Rename(layer=_SINGLE + r"linear2", names=(r"single_transformer_blocks.\1.attn.to_out",)),
+)
+# HunyuanVideo as Tencent, musubi and diffusion-pipe name it; diffusers converts these on loading
+HUNYUAN = (
+    Rename(layer=_DOUBLE + r"(img|txt)_attn\.(qkv|proj)", names=(r"double_blocks.\1.\2_attn_\3",)),
+    Rename(layer=_DOUBLE + r"(img|txt)_mlp\.0", names=(r"double_blocks.\1.\2_mlp.fc1",)),
+    Rename(layer=_DOUBLE + r"(img|txt)_mlp\.2", names=(r"double_blocks.\1.\2_mlp.fc2",)),
+    Rename(layer=_DOUBLE + r"(img|txt)_mod\.lin", names=(r"double_blocks.\1.\2_mod.linear",)),
+    Rename(layer=_SINGLE + r"modulation\.lin", names=(r"single_blocks.\1.modulation.linear",)),
+)
+HUNYUAN_15_SPLIT = (
+    Rename(
+        layer=_DOUBLE + r"(img|txt)_attn\.qkv",
+        names=tuple(rf"double_blocks.\1.\2_attn_{part}" for part in "qkv"),
+    ),
+)
+LUMINA_BLOCK = r"(layers|noise_refiner|context_refiner)\.(\d+)\."
+Z_IMAGE = (
+    Rename(
+        layer=LUMINA_BLOCK + r"attention\.qkv",
+        names=tuple(rf"\1.\2.attention.to_{part}" for part in "qkv"),
+    ),
+    Rename(layer=LUMINA_BLOCK + r"attention\.out", names=(r"\1.\2.attention.to_out.0",)),
+)
+KREA_2 = tuple(
+    Rename(layer=ours + r"\.(\d+)\." + layer, names=(f"{theirs}.{name}",))
+    for ours, theirs in (
+        (r"blocks", r"transformer_blocks.\1"),
+        (r"txtfusion\.layerwise_blocks", r"text_fusion.layerwise_blocks.\1"),
+        (r"txtfusion\.refiner_blocks", r"text_fusion.refiner_blocks.\1"),
+    )
+    for layer, name in (
+        (r"attn\.wq", "attn.to_q"),
+        (r"attn\.wk", "attn.to_k"),
+        (r"attn\.wv", "attn.to_v"),
+        (r"attn\.gate", "attn.to_gate"),
+        (r"attn\.wo", "attn.to_out.0"),
+        (r"mlp\.gate", "ff.gate"),
+        (r"mlp\.up", "ff.up"),
+        (r"mlp\.down", "ff.down"),
+    )
+) + tuple(
+    Rename(layer=layer, names=(name,))
+    for layer, name in (
+        (r"first", "img_in"),
+        (r"tmlp\.0", "time_embed.linear_1"),
+        (r"tmlp\.2", "time_embed.linear_2"),
+        (r"tproj\.1", "time_mod_proj"),
+        (r"txtmlp\.1", "txt_in.linear_1"),
+        (r"txtmlp\.3", "txt_in.linear_2"),
+        (r"txtfusion\.projector", "text_fusion.projector"),
+        (r"last\.linear", "final_layer.linear"),
+    )
+)
