@@ -54,7 +54,7 @@ class PlannedFiles(Sequence[Path]):
     def __getitem__(self, index: int | slice) -> "Path | PlannedFiles":
         if isinstance(index, slice):
             return PlannedFiles(self._times[index], self._noun)
-        return Path(f"{self._noun} {self._times[index]:g}")
+        return Path(f"{self._noun} {self._times[index]:.10g}")
 
 
 def planned_order(times: Sequence[float], unit: str) -> TrainedOrder:

@@ -109,7 +109,7 @@ def least_error_paths(costs: Array, warmup: int) -> tuple[Array, Gaps]:
     reach + 1, N + 1). Of the costs on the way only the steps that are in reach are kept.
     """
     steps, gaps, jumps = costs.shape
-    least = defaultdict(lambda: np.full((gaps, steps + 1), np.inf))
+    least: defaultdict[int, Array] = defaultdict(lambda: np.full((gaps, steps + 1), np.inf))
     came_from = np.zeros((steps, gaps, steps + 1), dtype=np.int8)  # reach is at most 32
     least[warmup - 1][0, warmup] = 0.0
     for b in range(warmup - 1, steps - 1):
