@@ -17,7 +17,7 @@ test: .venv/test.ready $(NEEDS)  ## The whole suite; parts that need a ComfyUI o
 demo-comfyui: $(if $(NEEDS),.venv/test.ready $(NEEDS))  ## Run the example workflow in a real ComfyUI over its API
 	cd tests && $(if $(NEEDS),../$(BIN)/python,$(PYTHON)) -m host.demo
 
-faults: .venv/test.ready $(NEEDS)  ## 64 processes killed while they write: nothing damaged, nothing left
+faults: .venv/test.ready $(NEEDS)  ## Some 60 processes killed while they write: nothing damaged, nothing left
 	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m faults
 
 bench: .venv/test.ready $(NEEDS)  ## Ratios measured side by side, one thread
