@@ -25,7 +25,7 @@ test: .venv/test.ready $(NEEDS)  ## The whole suite; parts that need a ComfyUI o
 demo-comfyui: $(if $(NEEDS),.venv/test.ready $(NEEDS))  ## Run the example workflow in a real ComfyUI over its API
 	PYTHONPATH=tests $(if $(NEEDS),$(BIN)/python,$(PYTHON)) -m tools.demo
 
-faults: .venv/test.ready $(NEEDS)  ## 64 processes killed while they write: nothing damaged, nothing left
+faults: .venv/test.ready $(NEEDS)  ## Some 60 processes killed while they write: nothing damaged, nothing left
 	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m faults
 
 fuzz: .venv/test.ready $(NEEDS)  ## 100,000 damaged files and hostile texts: each accepted, or refused in one sentence
