@@ -6,7 +6,7 @@ COMFYUI := $(shell cd tests && $(PYTHON) -c "from host.find import find_comfyui;
 # Named after what that ComfyUI needs, so that one which is found later, or updated, is set up too.
 NEEDS := $(if $(COMFYUI),.venv/comfyui-$(shell cksum < "$(COMFYUI)/requirements.txt" | cut -d" " -f1).ready)
 
-.PHONY: demo test demo-comfyui bench lint clean
+.PHONY: demo test demo-comfyui fuzz bench lint clean
 
 demo: .venv/demo.ready  ## The main job without ComfyUI: train, average, quantise, cache; ends with a report page
 	$(BIN)/python -m comfyui_braid.engine.playground.demo
@@ -16,6 +16,9 @@ test: .venv/test.ready $(NEEDS)  ## The whole suite; parts that need a ComfyUI o
 
 demo-comfyui: $(if $(NEEDS),.venv/test.ready $(NEEDS))  ## Run the example workflow in a real ComfyUI over its API
 	cd tests && $(if $(NEEDS),../$(BIN)/python,$(PYTHON)) -m host.demo
+
+fuzz: .venv/test.ready $(NEEDS)  ## 100,000 damaged files and hostile texts: each accepted, or refused in one sentence
+	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m fuzz
 
 bench: .venv/test.ready $(NEEDS)  ## Ratios measured side by side, one thread
 	for bench in tests/bench/bench_*.py; do OMP_NUM_THREADS=1 $(BIN)/python $$bench || exit 1; done

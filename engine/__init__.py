@@ -9,7 +9,7 @@ magcache    which sampling steps may be skipped, planned over sigma
 playground  a small real world (data, model, scores) that runs anywhere
 comfyui     the adapter to the host
 
-files, checkpoints, arguments, canvas, names  what several features share
+files, reading, hashes, checkpoints, arguments, canvas, names  what several features share
 
 A feature never imports another one; `training` may use `network` and `timesteps`.
 """
