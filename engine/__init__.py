@@ -9,7 +9,9 @@ magcache    which sampling steps may be skipped, planned over sigma
 playground  a small real world (data, model, scores) that runs anywhere
 comfyui     the adapter to the host
 
-files, writing, checkpoints, arguments, canvas, names  what several features share
+disk        files are read once they are checked, written whole or not at all
+
+files, checkpoints, arguments, patterns, refusals, names, document, canvas  what several share
 
 A feature never imports another one; `training` may use `network` and `timesteps`.
 """

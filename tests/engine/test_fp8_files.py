@@ -207,6 +207,55 @@ def test_a_layers_own_setting_is_kept():
     assert marker_of(recognise(tensors, {})) == {"format": "float8_e4m3fn", **setting}
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"[",
+        b"{}",
+        b"1",
+        b'{"format": 1}',
+        b'{"format": "a\\u0000"}',
+        b"[" * 1000,
+        b"\xff",
+        b"",
+        b" " * 70000,
+    ],
+)
+def test_a_marker_that_names_no_format_is_refused_by_its_layer(text):
+    tensors = weights(
+        **{"blocks.0.q.weight": codes(), "blocks.0.q.weight_scale": torch.tensor(0.5)}
+    )
+    tensors["blocks.0.q.comfy_quant"] = torch.tensor(list(text), dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"blocks\.0\.q\.comfy_quant"):
+        recognise(tensors, {})
+
+
+@pytest.mark.parametrize(
+    "header", ["[]", "{}", '{"layers": []}', '{"layers": {"a": {}}}', '{"layers": {"a": 1}}', "{"]
+)
+def test_a_header_of_quantised_layers_that_is_none_is_refused(header):
+    with pytest.raises(ValueError, match="names no layers|names no format|not JSON"):
+        recognise(weights(), {"_quantization_metadata": header})
+
+
+def test_codes_without_values_and_scales_that_are_no_numbers_are_refused():
+    empty = {"a.weight": torch.zeros(0, 8).to(FP8), "a.weight_scale": torch.tensor(0.5)}
+    whole = {"a.weight": codes(), "a.weight_scale": torch.tensor(1)}
+    for tensors in (empty, whole):
+        with pytest.raises(ValueError, match="a: .* are no FP8 weight"):
+            recognise(tensors, {})
+    one = {"a.weight": codes(), "a.scale_weight": torch.tensor(0.5), "a.scale_input": torch.ones(2)}
+    with pytest.raises(ValueError, match="a.scale_input has shape"):
+        recognise(one, {})
+
+
+def test_of_many_missing_shards_a_few_are_named(tmp_path):
+    save_file(weights(), tmp_path / "m-00001-of-09999.safetensors")
+    with pytest.raises(ValueError, match="one of 9999 shards; missing: .* …") as refusal:
+        map_tensors(tmp_path / "m-00001-of-09999.safetensors")
+    assert len(str(refusal.value)) < 300
+
+
 def test_a_bank_of_experts_is_left_to_comfyui_as_it_is():
     tensors = weights(**{"experts.comfy_quant": comfy_quant("float8_e4m3fn", num_experts=4)})
     tensors["experts.weight"] = torch.randn(4, 8, 128).to(FP8)

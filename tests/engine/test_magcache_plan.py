@@ -14,8 +14,10 @@ from comfyui_braid.engine.magcache.plan import (
     mismatches,
     plan_from_ratios,
     ratios_text,
+    read_plan,
 )
 from comfyui_braid.engine.magcache.presets import preset_for, preset_named, presets
+from comfyui_braid.engine.reading import DamagedFileError
 
 TESTS = Path(__file__).parents[1]
 RATIO_LISTS = json.loads((TESTS / "goldens" / "magcache_ratios.json").read_text())["lists"]
@@ -172,6 +174,42 @@ def test_a_calibration_edited_by_hand_is_read_whole_or_refused_in_one_sentence(e
     assert MagCachePlan.from_json(CALIBRATED.to_json()) == CALIBRATED
     with pytest.raises(ValueError, match=message):
         MagCachePlan.from_json(edited(*edit))
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (("conditions", "sigmas", [math.inf, 0.6, 0.3, 0.0]), "calibration must fall"),
+        (("conditions", "sigmas", [1e9, 0.6, 0.3, 0.0]), "fall from at most"),
+        (("conditions", "sigmas", [1.0, 0.3 + 1e-15, 0.3, 0.0]), "each by a part of"),
+        (("conditions", "steps", True), "steps is True"),
+        (("conditions", "model", 3), "model is 3"),
+        (("conditions", "resolution", 3), "resolution is 3, not a list"),
+        (("curve", "ratios", [1.0, 1e9, 0.8]), "value 1 is 1000000000.0"),
+        (("curve", "ratios", [1.0, True, 0.8]), "True is not a number"),
+        (("curve", "label", "a" * 1000), "label is 'aaa"),
+        (("plan", "inner_products", [[1.0], [1.0, 1e300], [1.0, 1.0, 1.0]]), "below 1e.30"),
+        (("plan", "inner_products", 3), "inner_products is 3, not a list"),
+        (("plan", "conditions", []), r"Conditions is \[\]"),
+        (("plan", "name", None), "name is None"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_numbers_and_texts_that_no_calibration_has_are_refused(edit, message, tmp_path):
+    path = tmp_path / "edited.json"
+    path.write_text(edited(*edit))
+    with pytest.raises(DamagedFileError, match=f"edited.json: damaged .*{message}"):
+        read_plan(path)
+
+
+def test_a_calibration_is_read_from_its_file_with_the_mark_that_editors_add(tmp_path):
+    path = tmp_path / "calibration.json"
+    path.write_text(CALIBRATED.to_json(), encoding="utf-8-sig")
+    assert read_plan(path) == CALIBRATED
+    for text in (b"\xff\xfe", b"[" * 100_000, b'{"a": 1, "a": 2}', b"", b"\0"):
+        path.write_bytes(text)
+        with pytest.raises(DamagedFileError, match="calibration.json: not a MagCache calibration"):
+            read_plan(path)
 
 
 def test_fields_of_another_version_are_left_out():

@@ -214,7 +214,10 @@ DOWN, UP = torch.ones(2, 8), torch.ones(8, 2)
         ({"lora_down.weight": DOWN, "lora_up.weight": torch.ones(8, 3)}, "ranks 3 and 2"),
         ({"lora_down.weight": torch.ones(8), "lora_up.weight": UP}, "no matrix of numbers"),
         ({"lora_down.weight": DOWN.int(), "lora_up.weight": UP}, "no matrix of numbers"),
-        ({"lora_down.weight": DOWN, "lora_up.weight": UP, "alpha": DOWN[:, 0]}, "not one number"),
+        (
+            {"lora_down.weight": DOWN, "lora_up.weight": UP, "alpha": torch.ones(2)},
+            "not one number",
+        ),
         (
             {"lora_down.weight": DOWN, "lora_up.weight": UP, "alpha": torch.tensor(torch.inf)},
             r"\[inf\], not one number",

@@ -1,6 +1,5 @@
 """The long run: `python -m fuzz`, or `python -m fuzz <target> <number>` to see one input again."""
 
-import os
 import sys
 import time
 import traceback
@@ -8,15 +7,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
 
-import conftest  # noqa: F401  makes the package importable
-from host.inprocess import import_comfyui
+TESTS = Path(__file__).resolve().parents[1]
+sys.path += [str(TESTS), str(TESTS / "engine"), str(TESTS / "comfyui")]
 
-from .harness import Tally, fuzz, input_of
-from .targets import FILES, TEXTS, Target
+import conftest  # noqa: E402, F401  makes the package importable
+from host.inprocess import import_comfyui  # noqa: E402
+
+from .harness import Tally, fuzz, input_of  # noqa: E402
+from .targets import FILES, TEXTS, Target  # noqa: E402
 
 PROCESSES = 2
 CHUNK = 2000
-FAILURES = Path(__file__).resolve().parents[2] / "fuzz_failures"
+FAILURES = TESTS.parent / "fuzz_failures"
 
 
 def all_targets() -> tuple[Target, ...]:
@@ -103,5 +105,4 @@ def again(target: Target, number: int) -> int:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     sys.exit(main(sys.argv[1:]))
