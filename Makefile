@@ -14,7 +14,7 @@ NPM := $(shell command -v npm)
 TYPESCRIPT := 5.9.3
 TSC := build/typescript-$(TYPESCRIPT)/node_modules/.bin/tsc
 
-.PHONY: demo test demo-comfyui faults fuzz bench lint style spelling types web-types workflows pictures help-tables pretrain clean
+.PHONY: demo test demo-comfyui faults fuzz bench lint style spelling types web-types workflows pictures help-tables in-step pretrain clean
 
 demo: .venv/demo.ready  ## The main job without ComfyUI: train, average, quantise, cache; ends with a report page
 	$(BIN)/python -m comfyui_braid.engine.playground.demo
@@ -63,6 +63,9 @@ pictures: .venv/test.ready $(NEEDS)  ## Take every picture of README and help ag
 
 help-tables: .venv/test.ready $(NEEDS)  ## Bring the input tables of the help pages in step with the node schemas
 	$(TOOL).help_tables
+
+in-step: .venv/test.ready $(NEEDS)  ## After translating: Japanese and Chinese match the English as it is now
+	$(TOOL).in_step $(ONLY)
 
 pretrain: .venv/demo.ready  ## Train the playground's weights again: 40 minutes, and the goldens change with them
 	$(TOOL).pretrain

@@ -1,4 +1,4 @@
-"""Every link and picture of README, guide, changelog and help pages leads somewhere.
+"""Every link and picture of README, guide, changelog, docs/ and help pages leads somewhere.
 
 Addresses outside are only looked at, never opened: tests need no network.
 """
@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "web" / "docs"
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")]
-PAGES += sorted(DOCS.rglob("*.md"))
+PAGES += [*sorted((ROOT / "docs").rglob("*.md")), *sorted(DOCS.rglob("*.md"))]
 OTHER_TEXTS = [ROOT / "pyproject.toml", *ROOT.glob("example_workflows/*.json")]
 OTHER_TEXTS += [*ROOT.glob("subgraphs/*.json"), *ROOT.glob("locales/*/*.json")]
 
@@ -62,6 +62,10 @@ def test_the_check_sees_what_is_broken():
     text += ' <img alt="e" src="no.png"> [f](#nothing) [g](https://x.org/y) [h](../../etc/passwd)'
     broken = [link for link in links(text) if is_broken(link, text, ROOT)]
     assert broken == ["gone.md", "http://x.org", "no.png", "#nothing", "../../etc/passwd"]
+
+
+def test_the_readme_is_short_enough_to_be_read_to_its_end():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 100
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -5,6 +5,7 @@ import re
 
 import pytest
 from host.find import PACK
+from host.help_pages import page_hash, stale
 from host.locales import LANGUAGES, english, flat, translated
 
 DOCS = PACK / "web" / "docs"
@@ -64,6 +65,20 @@ def test_a_help_page_keeps_every_name_number_link_picture_and_row(node_id, langu
         assert set(found(english_page)) <= set(found(page)), what
     for what, count in ALIKE.items():
         assert count(page) == count(english_page), what
+
+
+def test_every_translation_was_made_from_the_english_of_today():
+    """Translate what is named, then `make in-step`."""
+    assert [f"{path.relative_to(PACK)}: {node_id}" for node_id, _, path in stale()] == []
+
+
+def test_a_sentence_makes_translations_stale_and_a_range_does_not():
+    page = (
+        "# A\n\n| input | range | meaning |\n|---|---|---|\n| `a` | 1 to 2 | the size |\n\nMore.\n"
+    )
+    assert page_hash(page.replace("1 to 2", "**1**; 1 to 9")) == page_hash(page)
+    for old, new in (("the size", "the width"), ("More.", "Less."), ("`a`", "`b`")):
+        assert page_hash(page.replace(old, new)) != page_hash(page)
 
 
 MUST_STAY = {
