@@ -1,14 +1,19 @@
 """The live picture of a run: loss against steps, with validation and what comes next."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..canvas import Pixels, new_figure, pixels_of
 from .history import LossHistory, StepRecord, ValidationRecord
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 INK, GRID, PAPER = "#d8dce6", "#3a4050", "#1c1f27"
 LOSS, SMOOTH, HELD_OUT = "#5b6b8c", "#6fb3ff", "#ffb454"
@@ -61,7 +66,7 @@ def _bare_record(step: int, loss: float) -> StepRecord:
     )
 
 
-def _draw_losses(axes, history: LossHistory, steps: int) -> None:
+def _draw_losses(axes: Axes, history: LossHistory, steps: int) -> None:
     axes.set_facecolor(PAPER)
     numbers = [record.step for record in history.records]
     losses = history.losses
@@ -94,7 +99,7 @@ def _draw_losses(axes, history: LossHistory, steps: int) -> None:
         axes.legend(fontsize=TICKS, facecolor=PAPER, edgecolor=GRID, labelcolor=INK)
 
 
-def smoothed(losses: Sequence[float], share: float = SMOOTHING_SHARE) -> np.ndarray:
+def smoothed(losses: Sequence[float], share: float = SMOOTHING_SHARE) -> NDArray[np.float64]:
     """Centred running mean over `share` of the curve, narrower at both ends."""
     values = np.asarray(losses, dtype=np.float64)
     half = max(1, int(len(values) * share / 2))

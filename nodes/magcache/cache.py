@@ -71,7 +71,7 @@ class BraidMagCache(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        model,
+        model: io.Model.Type,
         preset: str,
         mag_ratios: str,
         rule: dict[str, Any],
@@ -172,7 +172,7 @@ class BraidMagCacheReport(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, latent: dict) -> io.NodeOutput:
+    def execute(cls, model: io.Model.Type, latent: dict[str, Any]) -> io.NodeOutput:
         report = magcache_of(model).last_report
         if report is None:
             raise ValueError(

@@ -1,5 +1,7 @@
 """Nodes that measure a model: the run that is measured, what it measured, what was saved of it."""
 
+from typing import Any
+
 from comfy_api.latest import io
 
 from ...engine.canvas import as_image
@@ -43,7 +45,7 @@ class BraidMagCacheCalibrate(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, measure: str = "latent") -> io.NodeOutput:
+    def execute(cls, model: io.Model.Type, measure: str = "latent") -> io.NodeOutput:
         calibrator = Calibrator(measure)
         return io.NodeOutput(calibrator.attach(model), calibrator)
 
@@ -86,7 +88,9 @@ class BraidMagCacheCalibration(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, calibrator: Calibrator, latent: dict, filename_prefix: str) -> io.NodeOutput:
+    def execute(
+        cls, calibrator: Calibrator, latent: dict[str, Any], filename_prefix: str
+    ) -> io.NodeOutput:
         plan = calibrator.result()
         if filename_prefix.strip():
             _save(plan, filename_prefix.strip())

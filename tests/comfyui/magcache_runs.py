@@ -1,9 +1,11 @@
 """Short runs for the MagCache tests."""
 
+import functools
+
 import comfy.sample
 import comfy.samplers
 import torch
-from tiny_models import conditioning, latent
+from tiny_models import build, conditioning, latent
 
 from comfyui_braid.engine.comfyui.magcache.calibrate import Calibrator
 from comfyui_braid.engine.comfyui.magcache.patch import MagCachePatch
@@ -71,6 +73,12 @@ def calibrate(model, name, measure="latent", **options):
     return calibrator.result(), samples
 
 
+@functools.cache
+def flux_plan(steps=STEPS, sampler="euler"):
+    """A calibration of the tiny FLUX, measured once."""
+    return calibrate(build("flux"), "flux", steps=steps, sampler=sampler)[0]
+
+
 def ones(steps=STEPS):
     """Ratios with which the rule skips as far as k goes."""
     return plan_from_ratios(",".join(["1"] * steps))
@@ -78,6 +86,8 @@ def ones(steps=STEPS):
 
 GREEDY = MagCacheRule(threshold=1.0, retention_ratio=0.0, k=2)
 """Computes steps 0, 3, 6, … and the last."""
+SKIPPED = (1, 2, 4, 5)
+"""What it skips of 8 steps."""
 
 
 def cached(model, plan=None, rule=GREEDY, **settings):
@@ -101,3 +111,13 @@ def counting(model, counts):
 def close(a, b):
     """Equal up to the rounding of another batch size."""
     return torch.allclose(a, b, atol=2e-4, rtol=1e-3)
+
+
+def labels(patch):
+    """Name of each conditioning of the last run -> (computed steps, skipped steps)."""
+    return {c.label: (c.computed, c.skipped) for c in patch.last_report.conditionings}
+
+
+def warnings_of(patch):
+    """Everything that the last run warned of, in one line."""
+    return " / ".join(patch.last_report.schedule.warnings)

@@ -1,5 +1,7 @@
 """MagCache on real tiny models of every architecture."""
 
+import functools
+
 import pytest
 import torch
 from magcache_runs import STEPS, cached, calibrate, close, counting, ones, sample
@@ -13,17 +15,24 @@ HOOKED = ("flux", "flux_dev", "wan", "qwen_image", "hunyuan_video")
 EVERY = (*MODELS, "playground")
 
 
+@functools.cache
 def world(name):
     """(model, name of the latents and conditioning that fit it)."""
     return (load_playground_model(), "flux") if name == "playground" else (build(name), name)
 
 
+@functools.cache
+def measured(name):
+    """(samples without MagCache, the calibration of the model, samples of the calibration)."""
+    model, kind = world(name)
+    return (sample(model, kind), *calibrate(model, kind))
+
+
 @pytest.mark.parametrize("name", EVERY)
 def test_calibrating_and_a_cache_that_is_off_leave_every_bit_as_it_was(name):
     model, kind = world(name)
-    plain = sample(model, kind)
-    plan, measured = calibrate(model, kind)
-    assert torch.equal(measured, plain)
+    plain, plan, calibrating = measured(name)
+    assert torch.equal(calibrating, plain)
     for rule in (MagCacheRule(threshold=0.0), MagCacheRule(k=0), PlannedRule(speedup=1.0)):
         patched, _ = cached(model, plan, rule)
         assert torch.equal(sample(patched, kind), plain)
@@ -33,7 +42,7 @@ def test_calibrating_and_a_cache_that_is_off_leave_every_bit_as_it_was(name):
 @pytest.mark.parametrize("name", EVERY)
 def test_skipped_steps_call_no_network_and_the_report_counts_them(name):
     model, kind = world(name)
-    plan, plain = calibrate(model, kind)
+    plain, plan, _ = measured(name)
     counts = []
     patched, patch = cached(counting(model, counts), plan, PlannedRule(speedup=2.0))
     samples = sample(patched, kind)
@@ -74,8 +83,7 @@ def test_blocks_are_skipped_and_embedding_and_output_layers_run(name):
 @pytest.mark.parametrize("name", EVERY)
 def test_conditionings_batched_or_apart_give_the_same_picture(name, monkeypatch):
     model, kind = world(name)
-    plan, _ = calibrate(model, kind)
-    patched, patch = cached(model, plan, PlannedRule(speedup=2.0))
+    patched, patch = cached(model, measured(name)[1], PlannedRule(speedup=2.0))
     together = sample(patched, kind)
     skipped = patch.last_report.schedule.skipped
     monkeypatch.setattr(type(model), "get_free_memory", lambda self, device: 0)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from host import published as published_settings
 
 from comfyui_braid.engine.magcache.plan import (
     Conditions,
@@ -66,6 +67,14 @@ def test_every_preset_names_its_source_and_survives_json(name):
     plan = preset_named(name)
     assert "commit" in plan.source
     assert MagCachePlan.from_json(plan.to_json()) == plan
+
+
+@pytest.mark.parametrize("page", published_settings.PAGES, ids=lambda page: page.stem)
+def test_the_help_has_the_settings_that_the_lists_were_published_with(page):
+    """`cd tests && python -m host.published` writes them."""
+    text = page.read_text(encoding="utf-8")
+    assert published_settings.with_rows(text) == text
+    assert "| FLUX.1-dev | 0.24 | 0.1 | 5 |" in text
 
 
 @pytest.mark.parametrize(
