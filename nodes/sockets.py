@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 Network = io.Custom("BRAID_NETWORK")  # engine.network.spec.NetworkSpec
 Timesteps = io.Custom("BRAID_TIMESTEPS")  # engine.timesteps.sampling.TimestepSampling
-Optimizer = io.Custom("BRAID_OPTIMIZER")  # engine.training.optimizer.OptimizerSpec
+Optimizer = io.Custom("BRAID_OPTIMIZER")  # engine.training.optimizers.optimizer.OptimizerSpec
 TrainingOptions = io.Custom("BRAID_TRAINING_OPTIONS")  # engine.training.options.TrainingOptions
 Checkpoints = io.Custom("BRAID_CHECKPOINTS")  # engine.checkpoints.Checkpoints
 MagCachePlan = io.Custom("BRAID_MAGCACHE")  # engine.magcache.plan.MagCachePlan

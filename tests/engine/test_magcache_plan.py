@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from host import published as published_settings
 
+from comfyui_braid.engine.disk.reading import DamagedFileError
 from comfyui_braid.engine.magcache.plan import (
     Conditions,
     Curve,
@@ -18,7 +19,6 @@ from comfyui_braid.engine.magcache.plan import (
     read_plan,
 )
 from comfyui_braid.engine.magcache.presets import preset_for, preset_named, presets
-from comfyui_braid.engine.reading import DamagedFileError
 
 TESTS = Path(__file__).parents[1]
 RATIO_LISTS = json.loads((TESTS / "goldens" / "magcache_ratios.json").read_text())["lists"]

@@ -23,6 +23,7 @@ from comfyui_braid.engine.magcache.plan import read_plan
 from comfyui_braid.engine.network.architectures import DEFAULT
 from comfyui_braid.engine.network.checkpoint import read_adapter
 from comfyui_braid.engine.network.layers import LayerShape
+from comfyui_braid.engine.training.states.identity import Identity
 from comfyui_braid.engine.training.states.resume import resumed
 from comfyui_braid.engine.training.states.state import read_state, write_state
 
@@ -172,7 +173,7 @@ def test_a_state_with_a_good_checksum_and_another_form_is_refused_in_one_sentenc
     write_state(file, changed(saved_state, path, value))
     run, _ = make_run(RUN)
     with pytest.raises(ValueError, match=rf"run-step00000002.state\b.*{sentence}") as refusal:
-        resumed(run, file, {"seed": 7})
+        resumed(run, file, Identity(named={"seed": 7}))
     assert str(refusal.value).isprintable()
 
 
@@ -187,7 +188,7 @@ def test_settings_of_an_optimizer_that_an_older_version_did_not_save_are_this_ru
     state = changed(state, ["run", "optimizer", "schedule"], schedule)
     write_state(tmp_path / "run.state", state)
     run, model = make_run(RUN)
-    resumed(run, tmp_path / "run.state", {"seed": 7})
+    resumed(run, tmp_path / "run.state", Identity(named={"seed": 7}))
     assert run.optimization.optimizer.param_groups[0]["betas"] == (0.9, 0.999)
     assert set(train(run, model)) and run.step == 4
 
@@ -196,7 +197,7 @@ def test_of_two_long_settings_the_part_that_differs_is_shown(saved_state, tmp_pa
     was, now = (f"Spec({'a=1, ' * 200}rank={rank}, {'b=2, ' * 200})" for rank in (8, 16))
     write_state(tmp_path / "x.state", saved_state | {"identity": {"network": was}})
     with pytest.raises(ValueError, match=r"network …[ a=1,]*rank=8, .*has …[ a=1,]*rank=16, ") as r:
-        resumed(make_run(RUN)[0], tmp_path / "x.state", {"network": now})
+        resumed(make_run(RUN)[0], tmp_path / "x.state", Identity(named={"network": now}))
     assert len(str(r.value)) < 600
 
 

@@ -79,6 +79,7 @@ def edited(**changes):
         (edited(network__kind="oft"), "kind is 'oft'; choose one of lora, loha, lokr"),
         (edited(model=None), "model"),
         (edited(callback="os.system"), "callback"),
+        (edited(optimizer__optimizer_class="os.system"), "optimizer_class is not read"),
         ("[" * 100_000, "not a training job"),
         ("{}", "not a training job"),
         ("", "not a training job"),

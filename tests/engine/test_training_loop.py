@@ -291,11 +291,11 @@ sys.path[:0] = [{tests!r}, {engine_tests!r}]
 import conftest
 import training_runs as t
 from comfyui_braid.engine.training.options import Checkpointing
-from comfyui_braid.engine.training.saving import Saver, saved
+from comfyui_braid.engine.training.states.saving import Saver, saved
 from comfyui_braid.engine.network.attach import attached
 import dataclasses, safetensors.torch
 from comfyui_braid.engine.files import write_safetensors
-from comfyui_braid.engine.training.identity import Identity
+from comfyui_braid.engine.training.states.identity import Identity
 run, model = t.make_run(dataclasses.replace(t.PLAN, steps=10**6))
 write = lambda path, metadata: write_safetensors(path, run.network.state_dict(), metadata)
 often = Checkpointing(save_every_n_steps=2, save_last_n=3, save_state=True)

@@ -106,7 +106,7 @@ WRITER = textwrap.dedent("""
     from pathlib import Path
     sys.path.insert(0, {tests!r})
     import conftest
-    from comfyui_braid.engine.writing import replaced_when_whole
+    from comfyui_braid.engine.disk.writing import replaced_when_whole
     with replaced_when_whole(Path({path!r})) as file:
         file.write(b"half of it")
         print("written", flush=True)

@@ -24,6 +24,7 @@ from comfyui_braid.engine.network.layers import LayerShape
 from comfyui_braid.engine.network.spec import NetworkSpec
 from comfyui_braid.engine.network.weights import AdapterWeights
 from comfyui_braid.engine.training.options import Checkpointing
+from comfyui_braid.engine.training.states.identity import Identity
 from comfyui_braid.engine.training.states.saving import Saver
 from comfyui_braid.engine.training.states.state import write_state
 
@@ -102,7 +103,12 @@ def states() -> list[bytes]:
     extra = {"shadows": Shadows({"a": torch.ones(2, 3)}).state_dict()}
     with TemporaryDirectory() as folder:
         saver = Saver(
-            Path(folder), "run", Checkpointing(), lambda *_: None, IDENTITY, lambda: extra
+            Path(folder),
+            "run",
+            Checkpointing(),
+            lambda *_: None,
+            Identity(named=IDENTITY),
+            lambda: extra,
         )
         path = saver.save_state(run)
         other = Path(folder) / "other.state"

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from training_runs import make_run
 
-from comfyui_braid.engine.arguments import parse_patterns
 from comfyui_braid.engine.checkpoints import find_checkpoints
 from comfyui_braid.engine.disk.reading import damage_named
 from comfyui_braid.engine.ema.average import averaged, plan_average
@@ -38,9 +37,11 @@ from comfyui_braid.engine.network.keys import KEY_FORMATS, encoded
 from comfyui_braid.engine.network.metadata import parse_metadata
 from comfyui_braid.engine.network.spec import NetworkSpec, TargetPatterns, parse_network_args
 from comfyui_braid.engine.network.targets import select_targets
+from comfyui_braid.engine.patterns import parse_patterns
 from comfyui_braid.engine.playground.model import Flux, FluxShape
 from comfyui_braid.engine.training.optimizers.optimizer import Optimization, OptimizerSpec
 from comfyui_braid.engine.training.plan import TrainingPlan
+from comfyui_braid.engine.training.states.identity import Identity
 from comfyui_braid.engine.training.states.resume import resumed
 from comfyui_braid.engine.training.states.saving import find_state, run_folder
 
@@ -135,7 +136,7 @@ def resume(data: bytes, folder: Path) -> None:
     ]
     spec = OptimizerSpec(lr_scheduler="cosine", lr_warmup_steps=2)
     run.optimization = Optimization(spec, groups, files.RUN.steps)
-    rest = resumed(run, path, files.IDENTITY)
+    rest = resumed(run, path, Identity(named=files.IDENTITY))
     with damage_named(path):
         Shadows({"a": torch.ones(2, 3)}).load_state_dict(rest.get("shadows"))
 

@@ -60,9 +60,7 @@ def train_lora(job: TrainingJob, inputs: TrainingInputs, say: Callable[[str], No
     `say` shows one line of text at the node.
     """
     patcher, warn = inputs.patcher, RunWarnings(say)
-    targets = select_targets(diffusion_model_of(patcher), job.network, architecture_of(patcher))
-    for warning in targets.warnings:
-        logger.warning(warning)
+    targets = _select_targets(job, patcher)
     estimate = _estimate(job, inputs, targets)
     refuse_if_too_large(estimate)
     _rehearse(job, patcher, targets)
@@ -105,6 +103,13 @@ def train_lora(job: TrainingJob, inputs: TrainingInputs, say: Callable[[str], No
         first_step_seconds=run.first_step_seconds,
         compiled=compilation.state,
     )
+
+
+def _select_targets(job: TrainingJob, patcher: ModelPatcher) -> TargetReport:
+    targets = select_targets(diffusion_model_of(patcher), job.network, architecture_of(patcher))
+    for warning in targets.warnings:
+        logger.warning(warning)
+    return targets
 
 
 def _open_session(

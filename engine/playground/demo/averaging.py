@@ -7,6 +7,7 @@ from ...ema.schedule import MusubiPower, Power, Schedule
 from ...network.attach import attached
 from ...network.checkpoint import load_weights, read_adapter
 from ...network.layers import layer_shapes
+from ...training.options import Validation
 from ...training.validation import Validator
 from ..model import Flux
 from .report import Picture, Section
@@ -18,9 +19,7 @@ HELD_OUT = 20
 
 def averaging_section(model: Flux, trained: Trained) -> Section:
     """Leaves the exact average in `trained.network`."""
-    validator = Validator(
-        style_items(HELD_OUT, seed=1000), every_n_steps=1, timesteps_per_item=8, seed=0
-    )
+    validator = Validator(style_items(HELD_OUT, seed=1000), Validation(every_n_steps=1))
     rows = [["", "held-out loss", f"style score ({STYLE})", "letters recognised"]]
     rows.append(["last checkpoint", *_measured(model, trained, validator)])
     for title, schedule in (
