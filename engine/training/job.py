@@ -75,9 +75,7 @@ class TrainingJob:
     def to_json(self) -> str:
         """The job as JSON, every field under its name; the optimizer by its type alone."""
         fields = asdict(self)
-        del fields["optimizer"][
-            "optimizer_class"
-        ]  # found anew, from what the server's owner allows
+        del fields["optimizer"]["optimizer_class"]  # the list and the owner say
         return json.dumps(fields, indent=1, default=Path.as_posix)
 
     @staticmethod
