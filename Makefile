@@ -6,13 +6,20 @@ COMFYUI := $(shell cd tests && $(PYTHON) -c "from host.find import find_comfyui;
 # Named after what that ComfyUI needs, so that one which is found later, or updated, is set up too.
 NEEDS := $(if $(COMFYUI),.venv/comfyui-$(shell cksum < "$(COMFYUI)/requirements.txt" | cut -d" " -f1).ready)
 
-.PHONY: demo test demo-comfyui bench lint clean
+# Where `make test-hosts` keeps what a host has of its own.
+HOSTS ?= .venv/hosts
+OLDEST ?=
+
+.PHONY: demo test test-hosts demo-comfyui bench lint clean
 
 demo: .venv/demo.ready  ## The main job without ComfyUI: train, average, quantise, cache; ends with a report page
 	$(BIN)/python -m comfyui_braid.engine.playground.demo
 
 test: .venv/test.ready $(NEEDS)  ## The whole suite; parts that need a ComfyUI or chromium say so when they are skipped
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-hosts: .venv/test.ready $(NEEDS)  ## The parts with a ComfyUI, also with the newest packages and on OLDEST=checkout
+	cd tests && ../$(BIN)/python -m host.matrix --folder "$(abspath $(HOSTS))" $(if $(OLDEST),--oldest "$(abspath $(OLDEST))")
 
 demo-comfyui: $(if $(NEEDS),.venv/test.ready $(NEEDS))  ## Run the example workflow in a real ComfyUI over its API
 	cd tests && $(if $(NEEDS),../$(BIN)/python,$(PYTHON)) -m host.demo
