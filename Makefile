@@ -6,6 +6,10 @@ COMFYUI := $(shell cd tests && $(PYTHON) -c "from host.find import find_comfyui;
 # Named after what that ComfyUI needs, so that one which is found later, or updated, is set up too.
 NEEDS := $(if $(COMFYUI),.venv/comfyui-$(shell cksum < "$(COMFYUI)/requirements.txt" | cut -d" " -f1).ready)
 
+# Where `make test-hosts` keeps what a host has of its own.
+HOSTS ?= .venv/hosts
+OLDEST ?=
+
 # tests/host finds, starts and browses the ComfyUI that a tool writes with.
 TOOL := PYTHONPATH=tests $(BIN)/python -m tools
 
@@ -14,13 +18,16 @@ NPM := $(shell command -v npm)
 TYPESCRIPT := 5.9.3
 TSC := build/typescript-$(TYPESCRIPT)/node_modules/.bin/tsc
 
-.PHONY: demo test demo-comfyui faults fuzz bench lint style spelling types web-types workflows pictures help-tables in-step pretrain clean
+.PHONY: demo test test-hosts demo-comfyui faults fuzz bench lint style spelling types web-types workflows pictures help-tables in-step pretrain clean
 
 demo: .venv/demo.ready  ## The main job without ComfyUI: train, average, quantise, cache; ends with a report page
 	$(BIN)/python -m comfyui_braid.engine.playground.demo
 
 test: .venv/test.ready $(NEEDS)  ## The whole suite; parts that need a ComfyUI or chromium say so when they are skipped
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-hosts: .venv/test.ready $(NEEDS)  ## The parts with a ComfyUI, also with the newest packages and on OLDEST=checkout
+	cd tests && ../$(BIN)/python -m host.matrix --folder "$(abspath $(HOSTS))" $(if $(OLDEST),--oldest "$(abspath $(OLDEST))")
 
 demo-comfyui: $(if $(NEEDS),.venv/test.ready $(NEEDS))  ## Run the example workflow in a real ComfyUI over its API
 	PYTHONPATH=tests $(if $(NEEDS),$(BIN)/python,$(PYTHON)) -m tools.demo

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from host.browse import act
 from host.find import PACK
 from host.locales import LANGUAGES, translated
 
@@ -64,7 +65,7 @@ def tooltip_of(page, name: str, label: str, vue: bool) -> str:
     """What is shown where the mouse rests on a widget."""
     if vue:
         page.get_by_text(label, exact=True).first.hover()
-        shown = page.locator(".p-tooltip-text").last
+        shown = page.locator("[role=tooltip]").last
     else:
         page.mouse.move(*page.evaluate(PLACE, name))
         shown = page.locator(".node-tooltip")
@@ -121,7 +122,7 @@ def test_title_labels_and_tooltips_are_translated_and_the_chart_lives(
 def test_the_info_button_opens_the_page_with_its_pictures(language, vue, speak, console_errors):
     page = speak(language, vue)
     for node_id in dict.fromkeys([SAMPLING, *pages_with_pictures()]):
-        page.evaluate("app.graph.clear()")
+        act(page, "app.graph.clear()")
         page.evaluate(BUILD, node_id)
         open_help(page)
         heading = page.locator(f"{HELP} h1").filter(has_text=first_heading(node_id, language))

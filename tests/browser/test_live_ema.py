@@ -5,6 +5,7 @@ import json
 import pytest
 import safetensors.torch
 import torch
+from host.browse import act
 
 RENDERERS = pytest.mark.parametrize("vue", [False, True], ids=["canvas", "nodes-2.0"])
 STEPS = [100, 200, 300, 600, 1000]
@@ -121,9 +122,9 @@ def test_a_width_that_has_no_average_shows_the_nodes_own_sentence(page, vue):
 
 
 def test_without_a_link_the_chart_is_an_example_of_ten(page):
-    page.evaluate("window.braid.ema.disconnectInput(0)")
+    act(page, "window.braid.ema.disconnectInput(0)")
     wait_for_weights(page, [], 10)
-    page.evaluate("window.braid.load.connect(0, window.braid.ema, 0)")
+    act(page, "window.braid.load.connect(0, window.braid.ema, 0)")
     wait_for_weights(page, [], len(STEPS))
 
 

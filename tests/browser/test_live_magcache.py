@@ -39,7 +39,7 @@ def test_the_strip_follows_the_settings_and_the_steps_of_the_sampler(open_page, 
     page.evaluate(SET, [cache, "preset", "HunyuanVideo-T2V 544p"])
     page.evaluate(SET, [cache, "rule.interpolation", "nearest"])
     wait_for_strip(page, cache, 19, 31)
-    connect = "([a, b]) => app.graph.getNodeById(a).connect(0, app.graph.getNodeById(b), 0)"
+    connect = "([a, b]) => { app.graph.getNodeById(a).connect(0, app.graph.getNodeById(b), 0); }"
     page.evaluate(connect, [cache, sampler])
     page.evaluate(SET, [sampler, "steps", 20])
     wait_for_strip(page, cache, 7, 13)  # as musubi-tuner at 20 steps
@@ -87,7 +87,7 @@ def test_the_strip_skips_only_in_the_range_and_at_the_steps_that_reach_the_sampl
     )
     page.evaluate(SET, [steps, "value", 20])
     page.evaluate(
-        "(id) => app.graph.convertToSubgraph(new Set([app.graph.getNodeById(id)]))", sampler
+        "(id) => { app.graph.convertToSubgraph(new Set([app.graph.getNodeById(id)])); }", sampler
     )
     page.wait_for_function(
         f"(id) => {{ const s = ({SKIPPED})(id); return s.length && s[0] >= 8 && s.at(-1) < 12; }}",

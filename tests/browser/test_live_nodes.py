@@ -7,13 +7,12 @@ import json
 import re
 
 import pytest
-from host.browse import READY
+from host.browse import READY, TRACKER, act, remember
 from host.find import PACK
 from host.live_nodes import KINDS, LIVE_NODES, PICTURED, PREPARE, ROWS
 from host.workflows import EXAMPLES, read_workflow
 
 RENDERERS = pytest.mark.parametrize("vue", [False, True], ids=["canvas", "nodes-2.0"])
-TRACKER = "app.extensionManager.workflow.activeWorkflow.changeTracker"
 SHOWN = "(wanted) => JSON.stringify(live.headings()) === JSON.stringify(wanted)"
 CHANGED = """(before) =>
   Object.entries(live.headings()).every(([id, said]) => said && said !== before[id])"""
@@ -26,8 +25,8 @@ def page(open_page, vue):
     of such a one does Nodes 2.0 keep what it has drawn."""
     opened = open_page({"Comfy.VueNodes.Enabled": vue})
     opened.evaluate(PREPARE, ROWS)
-    opened.evaluate("live.build(0)")
-    opened.evaluate("async () => app.loadGraphData(structuredClone(app.graph.serialize()))")
+    act(opened, "live.build(0)")
+    act(opened, "app.loadGraphData(structuredClone(app.graph.serialize()))")
     opened.wait_for_function(DRAWN)
     return opened
 
@@ -45,16 +44,10 @@ def headings(page):
 
 def turned(page, step: int, before: dict[str, str]) -> dict[str, str]:
     """Turn every widget; what the charts say once each says something else than before."""
-    page.evaluate("(step) => live.turn(step)", step)
+    act(page, f"live.turn({step})")
     page.wait_for_function(CHANGED, arg=before)
     page.wait_for_timeout(300)  # a chart that flickers on, or goes back, is caught
     return page.evaluate("live.headings()")
-
-
-def remember(page) -> None:
-    """A step of undo."""
-    page.evaluate(f"{TRACKER}.captureCanvasState()")
-    page.wait_for_timeout(400)  # the front end adds what changes within 50 ms to the same step
 
 
 def wait_for(page, headings: dict[str, str]) -> None:
@@ -78,14 +71,14 @@ def test_undo_and_redo_bring_the_charts_of_their_values_and_leave_them_alive(
 ):
     remember(page)
     for step in (1, 2):
-        page.evaluate("(step) => live.turn(step)", step)
+        act(page, f"live.turn({step})")
         wait_for(page, headings[step])
         remember(page)
     for call, step in (("undo", 1), ("undo", 0), ("redo", 1), ("redo", 2), ("undo", 1)):
-        page.evaluate(f"async () => {{ await {TRACKER}.{call}(); }}")
+        act(page, f"{TRACKER}.{call}()")
         page.wait_for_function("(step) => live.steps().every((each) => each === step)", arg=step)
         wait_for(page, headings[step])
-    page.evaluate("live.turn(0)")
+    act(page, "live.turn(0)")
     wait_for(page, headings[0])
     assert page.locator(".braid-live:visible").count() == len(LIVE_NODES) + 1  # one source
     assert console_errors == []
@@ -101,10 +94,10 @@ def test_a_copy_has_charts_of_its_own(page, headings, console_errors, vue):
     }""")
     wait_for(page, headings[0])
     assert turned(page, 1, headings[0]) == headings[1]
-    page.evaluate("live.nth = 0")
+    act(page, "live.nth = 0")
     assert page.evaluate("live.headings()") == headings[0]
     assert turned(page, 2, headings[0]) == headings[2]
-    page.evaluate("live.nth = 1")
+    act(page, "live.nth = 1")
     assert page.evaluate("live.headings()") == headings[1]
     assert console_errors == []
 
@@ -120,11 +113,11 @@ def test_in_a_subgraph_the_charts_live_on_and_so_after_undo(page, headings, cons
     remember(page)
     assert turned(page, 1, headings[0]) == headings[1]
     remember(page)
-    page.evaluate(f"async () => {{ await {TRACKER}.undo(); }}")
+    act(page, f"{TRACKER}.undo()")
     page.wait_for_function("live.steps().every((step) => step === 0)")
     wait_for(page, headings[0])
     assert turned(page, 2, headings[0]) == headings[2]
-    page.evaluate("app.canvas.setGraph(app.rootGraph)")
+    act(page, "app.canvas.setGraph(app.rootGraph)")
     page.wait_for_function("!document.querySelector('.braid-live')?.clientWidth")
     assert console_errors == []
 
@@ -206,9 +199,7 @@ def themed(page):
     """themed(palette): switch the theme while the page is open; the dark one comes back."""
 
     def switch(palette: str) -> None:
-        page.evaluate(
-            "(palette) => app.extensionManager.setting.set('Comfy.ColorPalette', palette)", palette
-        )
+        act(page, f"app.extensionManager.setting.set('Comfy.ColorPalette', '{palette}')")
         page.wait_for_timeout(500)
 
     yield switch
@@ -231,7 +222,7 @@ def test_the_text_of_every_note_is_readable_in_both_themes(page, themed, vue):
         for node in read_workflow(path)["nodes"]
         if node["type"] == "MarkdownNote"
     ]
-    page.evaluate("app.graph.clear()")
+    act(page, "app.graph.clear()")
     page.evaluate(
         """(notes) => notes.forEach((note, index) => {
           const node = live.add("MarkdownNote", 440 * index, 0);
@@ -286,9 +277,9 @@ def test_train_lora_shows_one_picture_after_a_run_and_no_second_one_later(
     page.wait_for_function(f"({PICTURES})() > 0")
     page.wait_for_timeout(1000)
     assert page.evaluate(PICTURES) == 1
-    page.evaluate("live.set(app.graph.nodes.at(-1), 'network_dim', 2)")
+    act(page, "live.set(app.graph.nodes.at(-1), 'network_dim', 2)")
     remember(page)
-    page.evaluate(f"async () => {{ await {TRACKER}.undo(); }}")
+    act(page, f"{TRACKER}.undo()")
     page.wait_for_timeout(1000)
     assert page.evaluate(PICTURES) == 1
     page.wait_for_timeout(1000)  # until the front end has noted the workflow

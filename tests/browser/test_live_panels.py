@@ -1,6 +1,7 @@
 """What all live charts share: quiet, sparing, readable by keyboard, honest without a server."""
 
 import pytest
+from host.browse import TRACKER, act, remember
 from host.live_nodes import KINDS
 
 RENDERERS = pytest.mark.parametrize("vue", [False, True], ids=["canvas", "nodes-2.0"])
@@ -93,7 +94,7 @@ def wait_for_text(page, node: str, part: str) -> str:
 
 
 def switch_renderer(page, vue: bool) -> None:
-    page.evaluate("(vue) => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', vue)", vue)
+    act(page, f"app.extensionManager.setting.set('Comfy.VueNodes.Enabled', {str(vue).lower()})")
 
 
 def settle(page) -> None:
@@ -110,7 +111,7 @@ def test_a_graphs_life_prints_nothing_and_leaves_nothing_running(page, messages,
       app.canvas.pasteFromClipboard();
     }""")
     wait_for_charts(page, 10)
-    page.evaluate("app.canvas.deleteSelected()")
+    act(page, "app.canvas.deleteSelected()")
     wait_for_charts(page)
     page.evaluate("live.nodes().forEach((node) => node.collapse())")
     wait_for_charts(page, 0)
@@ -120,7 +121,7 @@ def test_a_graphs_life_prints_nothing_and_leaves_nothing_running(page, messages,
     for size in ([220, 700], [700, 500]):
         page.evaluate("(size) => live.nodes().forEach((node) => node.setSize(size))", size)
         settle(page)
-    page.evaluate("async () => app.loadGraphData(structuredClone(app.graph.serialize()))")
+    act(page, "app.loadGraphData(structuredClone(app.graph.serialize()))")
     wait_for_charts(page)
     switch_renderer(page, not vue)
     settle(page)
@@ -128,7 +129,7 @@ def test_a_graphs_life_prints_nothing_and_leaves_nothing_running(page, messages,
     switch_renderer(page, vue)
     settle(page)
     wait_for_charts(page)
-    page.evaluate("app.graph.convertToSubgraph(new Set(live.nodes()))")
+    act(page, "app.graph.convertToSubgraph(new Set(live.nodes()))")
     wait_for_charts(page, 0)
     page.evaluate("""() => {
       const holder = app.graph.nodes.find((node) => node.subgraph);
@@ -136,37 +137,28 @@ def test_a_graphs_life_prints_nothing_and_leaves_nothing_running(page, messages,
     }""")
     wait_for_charts(page)
     assert page.evaluate("live.clocks.size") == len(KINDS)
-    page.evaluate("app.canvas.setGraph(app.rootGraph)")
+    act(page, "app.canvas.setGraph(app.rootGraph)")
     wait_for_charts(page, 0)
-    page.evaluate("app.graph.clear()")
+    act(page, "app.graph.clear()")
     settle(page)
     assert page.evaluate("live.clocks.size") == 0
     assert messages + page.evaluate("rejected") == []
-
-
-TRACKER = "app.extensionManager.workflow.activeWorkflow.changeTracker"
-
-
-def remember(page) -> None:
-    """A step of undo."""
-    page.evaluate(f"{TRACKER}.captureCanvasState()")
-    settle(page)  # the front end adds what changes within 50 ms to the same step
 
 
 @RENDERERS
 def test_undo_and_redo_bring_the_chart_of_their_value(page, messages, vue):
     """By what the keys call: their release takes a step too, and whether it comes before the redo,
     which it then ends, is the front end's race."""
-    page.evaluate("live.add('BraidTimestepSampling')")
-    page.evaluate("live.set(live.nodes()[0], 'timestep_sampling', 'shift')")
+    act(page, "live.add('BraidTimestepSampling')")
+    act(page, "live.set(live.nodes()[0], 'timestep_sampling', 'shift')")
     wait_for_text(page, "live.nodes()[0]", "shift 3")
     remember(page)
-    page.evaluate("live.set(live.nodes()[0], 'timestep_sampling.discrete_flow_shift', 9)")
+    act(page, "live.set(live.nodes()[0], 'timestep_sampling.discrete_flow_shift', 9)")
     wait_for_text(page, "live.nodes()[0]", "shift 9")
     remember(page)
-    page.evaluate(f"{TRACKER}.undo()")
+    act(page, f"{TRACKER}.undo()")
     wait_for_text(page, "live.nodes()[0]", "shift 3")
-    page.evaluate(f"{TRACKER}.redo()")
+    act(page, f"{TRACKER}.redo()")
     wait_for_text(page, "live.nodes()[0]", "shift 9")
     assert page.evaluate("live.clocks.size") == 1
     assert messages + page.evaluate("rejected") == []
@@ -174,11 +166,11 @@ def test_undo_and_redo_bring_the_chart_of_their_value(page, messages, vue):
 
 @RENDERERS
 def test_a_chart_is_a_named_slider_that_the_arrow_keys_read(page, vue):
-    page.evaluate("window.node = live.add('BraidTimestepPreview')")
+    act(page, "window.node = live.add('BraidTimestepPreview')")
     wait_for_text(page, "node", "Connect a Timestep Sampling node")
     assert page.evaluate("live.panel(node).tabIndex") == -1  # a sentence has nothing to operate
     assert page.evaluate("live.panel(node).firstChild.getAttribute('role')") == "status"
-    page.evaluate("live.add('BraidTimestepSampling', -440).connect(0, node, 0)")
+    act(page, "live.add('BraidTimestepSampling', -440).connect(0, node, 0)")
     wait_for_charts(page, 2)
     role, label = page.evaluate(
         "['role', 'aria-label'].map((name) => live.panel(node).getAttribute(name))"
@@ -186,7 +178,7 @@ def test_a_chart_is_a_named_slider_that_the_arrow_keys_read(page, vue):
     assert role == "slider"
     assert label.startswith("Timestep distribution, sigma. mean 0.5")
     page.keyboard.press("Tab")  # from here on the browser shows focus
-    page.evaluate("live.panel(node).focus()")
+    act(page, "live.panel(node).focus()")
     assert page.evaluate("getComputedStyle(live.panel(node)).outlineStyle") == "solid"
     for key, start, now in (
         ("ArrowRight", "t 0.000 to 0.020: ", "1"),
@@ -201,23 +193,23 @@ def test_a_chart_is_a_named_slider_that_the_arrow_keys_read(page, vue):
         assert (
             page.evaluate("live.panel(node).querySelector('.braid-reading').textContent") == value
         )
-    page.evaluate("live.set(node, 'bins', 10)")
+    act(page, "live.set(node, 'bins', 10)")
     page.wait_for_function("live.panel(node).getAttribute('aria-valuemax') === '10'")
     assert page.evaluate("document.activeElement === live.panel(node)")
 
 
 @RENDERERS
 def test_the_keys_of_the_graph_stay_the_graphs(page, vue):
-    page.evaluate("window.node = live.add('BraidTimestepSampling')")
+    act(page, "window.node = live.add('BraidTimestepSampling')")
     wait_for_charts(page, 1)
     page.evaluate("""() => {
       window.heard = [];
-      window.addEventListener("keydown", (event) => heard.push(event.key));
+      window.onkeydown = (event) => heard.push(event.key); // one, however many tests share the page
     }""")
     page.mouse.click(*page.evaluate(f"({CENTRE})(node)"))
     page.keyboard.press("ArrowRight")  # after a click, arrows move the selected nodes
     page.keyboard.press("Tab")
-    page.evaluate("live.panel(node).focus()")
+    act(page, "live.panel(node).focus()")
     page.keyboard.press("ArrowRight")  # after Tab, they read the chart
     page.keyboard.press("Escape")
     page.keyboard.press("x")
@@ -225,7 +217,7 @@ def test_the_keys_of_the_graph_stay_the_graphs(page, vue):
 
 
 def test_on_the_canvas_the_chart_lets_the_graph_zoom_pan_and_open_the_nodes_menu(page, messages):
-    page.evaluate("window.node = live.add('BraidTimestepSampling')")
+    act(page, "window.node = live.add('BraidTimestepSampling')")
     wait_for_charts(page, 1)
     x, y = page.evaluate(f"({CENTRE})(node)")
     page.mouse.move(x, y)
@@ -243,7 +235,7 @@ def test_on_the_canvas_the_chart_lets_the_graph_zoom_pan_and_open_the_nodes_menu
 
 @RENDERERS
 def test_pointing_at_a_column_says_its_numbers(page, vue):
-    page.evaluate("window.node = live.add('BraidMagCachePlan')")
+    act(page, "window.node = live.add('BraidMagCachePlan')")
     wait_for_charts(page, 1)
     page.mouse.move(*page.evaluate(f"({CENTRE})(node)"))
     page.wait_for_function("live.panel(node).querySelector('.braid-reading').textContent")
@@ -253,8 +245,8 @@ def test_pointing_at_a_column_says_its_numbers(page, vue):
 
 @RENDERERS
 def test_a_fast_drag_asks_one_at_a_time_and_the_last_value_wins(page, vue):
-    page.evaluate("window.node = live.add('BraidTimestepSampling')")
-    page.evaluate("live.set(node, 'timestep_sampling', 'shift')")
+    act(page, "window.node = live.add('BraidTimestepSampling')")
+    act(page, "live.set(node, 'timestep_sampling', 'shift')")
     wait_for_text(page, "node", "shift 3")
     held = []
     page.route("**/braid/live/timesteps", lambda route: held.append(route))
@@ -275,15 +267,15 @@ def test_a_fast_drag_asks_one_at_a_time_and_the_last_value_wins(page, vue):
 
 @RENDERERS
 def test_a_removed_node_leaves_no_request(page, vue):
-    page.evaluate("window.node = live.add('BraidTimestepSampling')")
+    act(page, "window.node = live.add('BraidTimestepSampling')")
     wait_for_charts(page, 1)
     held, failed = [], []
     page.route("**/braid/live/timesteps", lambda route: held.append(route))
     page.on("requestfailed", lambda request: failed.append(request.failure))
-    page.evaluate("live.set(node, 'min_timestep', 300)")
+    act(page, "live.set(node, 'min_timestep', 300)")
     settle(page)
     assert len(held) == 1 and failed == []
-    page.evaluate("app.graph.remove(node)")
+    act(page, "app.graph.remove(node)")
     settle(page)
     assert len(failed) == 1 and page.evaluate("live.clocks.size") == 0
 
@@ -306,20 +298,20 @@ def test_without_a_server_every_panel_says_so_one_tries_and_all_come_back(page, 
     wait_for_charts(page)
     wait_for_text(page, "live.nodes()[2]", "8 checkpoints")
     page.route("**/braid/live/*", lambda route: route.fulfill(status=502, body="bad gateway"))
-    page.evaluate("live.set(live.nodes()[2], 'first', 4)")
+    act(page, "live.set(live.nodes()[2], 'first', 4)")
     wait_for_text(page, "live.nodes()[2]", "The ComfyUI server answers 502")
     assert page.evaluate("rejected") == []
 
 
 def test_a_bypassed_or_muted_source_counts_as_none(page):
-    page.evaluate("window.node = live.add('BraidTimestepPreview')")
-    page.evaluate("window.source = live.add('BraidTimestepSampling', -440)")
-    page.evaluate("source.connect(0, node, 0)")
+    act(page, "window.node = live.add('BraidTimestepPreview')")
+    act(page, "window.source = live.add('BraidTimestepSampling', -440)")
+    act(page, "source.connect(0, node, 0)")
     wait_for_charts(page, 2)
     for mode in (4, 2):
         page.evaluate("(mode) => { source.mode = mode; }", mode)
         wait_for_text(page, "node", "Connect a Timestep Sampling node")
-        page.evaluate("source.mode = 0")
+        act(page, "source.mode = 0")
         wait_for_charts(page, 2)
 
 
@@ -369,24 +361,24 @@ def test_nodes_that_are_never_queued_are_followed_and_asked_once_when_they_lead_
       reroute.connect(0, node, 0);
     }""")
     wait_for_charts(page, 2)
-    page.evaluate("app.graph.remove(set)")
+    act(page, "app.graph.remove(set)")
     wait_for_text(page, "node", "Connect a Timestep Sampling node")
     settle(page)
     assert page.evaluate("live.complaints") == 1
-    page.evaluate("source.connect(0, live.add('test/set'), 0)")
+    act(page, "source.connect(0, live.add('test/set'), 0)")
     wait_for_charts(page, 2)
 
 
 def test_a_link_that_use_everywhere_will_add_is_followed(page):
-    page.evaluate("window.node = live.add('BraidTimestepPreview')")
-    page.evaluate("window.source = live.add('BraidTimestepSampling', -440)")
+    act(page, "window.node = live.add('BraidTimestepPreview')")
+    act(page, "window.source = live.add('BraidTimestepSampling', -440)")
     wait_for_text(page, "node", "Connect a Timestep Sampling node")
     page.evaluate("""() => {
       const from = { upstream: source.id, upstream_slot: 0 };
       app.graph.extra.ue_links = [{ ...from, downstream: node.id, downstream_slot: 0 }];
     }""")
     wait_for_charts(page, 2)
-    page.evaluate("app.graph.extra.ue_links = []")
+    act(page, "app.graph.extra.ue_links = []")
     wait_for_text(page, "node", "Connect a Timestep Sampling node")
 
 
@@ -413,10 +405,10 @@ def test_what_another_packs_node_hands_on_is_left_to_the_run(page, source, kind,
 
 def test_a_plan_that_another_packs_node_hands_on_outweighs_the_preset(page):
     page.evaluate(OTHER_PACKS)
-    page.evaluate("window.node = live.add('BraidMagCache')")
-    page.evaluate("live.set(node, 'preset', 'FLUX.1-dev')")
+    act(page, "window.node = live.add('BraidMagCache')")
+    act(page, "live.set(node, 'preset', 'FLUX.1-dev')")
     wait_for_text(page, "node", "steps computed")
-    page.evaluate("live.add('test/switch', -440).connect(0, node, live.slot(node, 'plan'))")
+    act(page, "live.add('test/switch', -440).connect(0, node, live.slot(node, 'plan'))")
     wait_for_text(page, "node", "once the connected plan has been measured")
 
 
@@ -431,18 +423,18 @@ def test_the_sampler_is_found_behind_nodes_that_are_never_queued(page):
       live.set(sampler, "steps", 13);
     }""")
     wait_for_text(page, "node", "of 13 steps computed")
-    page.evaluate("node.mode = 4")  # bypassed, its strip still says what it would do
+    act(page, "node.mode = 4")  # bypassed, its strip still says what it would do
     settle(page)
     wait_for_text(page, "node", "of 13 steps computed")
-    page.evaluate("node.mode = 0")
-    page.evaluate("live.add('test/switch', 660).connect(0, sampler, live.slot(sampler, 'steps'))")
+    act(page, "node.mode = 0")
+    act(page, "live.add('test/switch', 660).connect(0, sampler, live.slot(sampler, 'steps'))")
     wait_for_text(page, "node", "The sampler's steps come from a linked node")
 
 
 @pytest.mark.parametrize("primitive", ["PrimitiveFloat", "PrimitiveNode"])
 def test_a_value_from_a_primitive_is_followed(page, primitive):
-    page.evaluate("window.node = live.add('BraidTimestepSampling')")
-    page.evaluate("live.set(node, 'timestep_sampling', 'shift')")
+    act(page, "window.node = live.add('BraidTimestepSampling')")
+    act(page, "live.set(node, 'timestep_sampling', 'shift')")
     wait_for_text(page, "node", "shift 3")
     page.evaluate(
         """(type) => {
@@ -469,7 +461,7 @@ def test_inside_a_subgraph_a_promoted_widget_is_followed(page, vue):
       app.canvas.openSubgraph(holder.subgraph, holder);
     }""")
     wait_for_text(page, "node", "requested 0.110")
-    page.evaluate("live.set(holder, holder.widgets[0].name, 0.22)")
+    act(page, "live.set(holder, holder.widgets[0].name, 0.22)")
     wait_for_text(page, "node", "requested 0.220")
 
 
@@ -495,9 +487,9 @@ def test_a_run_of_other_widget_values_does_not_replace_the_live_chart(page, vue)
       };
     }""")
     wait_for_charts(page, 2)
-    page.evaluate("live.set(node, 'samples', 4000000)")
-    page.evaluate("app.queuePrompt(0, 1)")
-    page.evaluate("live.set(node, 'samples', 1000)")
+    act(page, "live.set(node, 'samples', 4000000)")
+    act(page, "app.queuePrompt(0, 1)")
+    act(page, "live.set(node, 'samples', 1000)")
     page.wait_for_function("finished === 1")
     drawn = """() => {
       const bins = [...live.panel(node).querySelectorAll(".braid-bin")];
@@ -513,11 +505,11 @@ def test_the_colours_follow_the_theme(open_page):
     for palette in ("dark", "light"):
         page = open_page({"Comfy.VueNodes.Enabled": False, "Comfy.ColorPalette": palette})
         page.evaluate(PREPARE, KINDS)
-        page.evaluate("window.node = live.add('BraidPostHocEma')")
+        act(page, "window.node = live.add('BraidPostHocEma')")
         wait_for_charts(page, 1)
         colours[palette] = page.evaluate("""() => ["title", "subtitle", "ideal"].map((name) => {
           const style = getComputedStyle(live.panel(node).querySelector(`.braid-${name}`));
           return name === "ideal" ? style.stroke : style.color;
         })""")
-        page.evaluate("app.extensionManager.setting.set('Comfy.ColorPalette', 'dark')")
+        act(page, "app.extensionManager.setting.set('Comfy.ColorPalette', 'dark')")
     assert all(d != b for d, b in zip(colours["dark"], colours["light"], strict=True))

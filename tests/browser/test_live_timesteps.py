@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from host.browse import act
 
 RENDERERS = pytest.mark.parametrize("vue", [False, True], ids=["canvas", "nodes-2.0"])
 BUILD = """(mode) => {
@@ -145,7 +146,7 @@ def test_a_broken_setting_shows_the_nodes_own_sentence_and_mending_it_the_chart(
 
 
 def test_an_unlinked_preview_says_what_to_connect(page):
-    page.evaluate("window.braid.preview.disconnectInput(0)")
+    act(page, "window.braid.preview.disconnectInput(0)")
     wait_for_sentence(page, "preview", "Connect a Timestep Sampling node")
 
 
@@ -202,7 +203,7 @@ def test_a_saved_workflow_opens_with_the_same_widgets_and_chart(page, server, vu
 def test_the_chart_prints_nothing_to_the_console(page, console_errors, vue):
     page.evaluate(SET, ["sampling", "min_timestep", 1000])
     wait_for_sentence(page, "preview", "min_timestep is 1000")
-    page.evaluate("window.braid.preview.graph.remove(window.braid.preview)")
+    act(page, "window.braid.preview.graph.remove(window.braid.preview)")
     page.wait_for_timeout(300)
     assert console_errors == []
 

@@ -9,8 +9,8 @@ BROUGHT = {"unet_name", "clip_name", "clip_name1", "clip_name2", "vae_name", "fo
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_only_the_files_a_user_brings_are_missing(name, server):
-    workflow = read_workflow(EXAMPLES / f"{name}.json")
+def test_only_the_files_a_user_brings_are_missing(name, server, example):
+    workflow = example(EXAMPLES / f"{name}.json")
     prompt = to_prompt(workflow, server.object_info())
     answer = server.post("/prompt", {"prompt": prompt, "client_id": "nobody"})
     errors = [e for node in answer["node_errors"].values() for e in node["errors"]]

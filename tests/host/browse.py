@@ -42,6 +42,44 @@ MEASURE = """async ([workflow, vue, pictured]) => {
         return [node.id, Math.max(node.size[0], least[0]), Math.max(node.size[1], least[1])];
     });
 }"""
+MISPLACED = """() => {
+    const below = (node) => {
+        const drawn = document.querySelector(`[data-node-id="${node.id}"]`);
+        return node.pos[1] + (drawn ? drawn.offsetHeight - 30 : node.size[1]);
+    };
+    const boxes = app.graph.nodes.map((node) => ({
+        name: `${node.id} ${node.title}`,
+        left: node.pos[0],
+        right: node.pos[0] + node.size[0],
+        top: node.pos[1] - 30,  // its title
+        bottom: below(node),
+    }));
+    const apart = (a, b) =>
+        a.right <= b.left || b.right <= a.left || a.bottom <= b.top || b.bottom <= a.top;
+    const inside = ({ left, right, top, bottom }) => app.graph.groups.some(({ pos, size }) =>
+        pos[0] <= left && right <= pos[0] + size[0] && pos[1] <= top && bottom <= pos[1] + size[1]);
+    return [
+        ...boxes.filter((box) => !inside(box)).map(({ name }) => `${name} is in no group`),
+        ...boxes.flatMap((a, index) => boxes.slice(index + 1)
+            .filter((b) => !apart(a, b)).map((b) => `${a.name} overlaps ${b.name}`)),
+    ];
+}"""
+"""Nodes of an example workflow that lie in no group, or over another; [] when all is well."""
+FIT = """() => {
+    const { left, top, right, bottom } = app.graph.groups.reduce((all, { pos, size }) => ({
+        left: Math.min(all.left, pos[0]),
+        top: Math.min(all.top, pos[1]),
+        right: Math.max(all.right, pos[0] + size[0]),
+        bottom: Math.max(all.bottom, pos[1] + size[1]),
+    }), { left: Infinity, top: Infinity, right: -Infinity, bottom: -Infinity });
+    const scale = Math.min(innerWidth / (right - left), innerHeight / (bottom - top));
+    app.canvas.ds.scale = scale;
+    app.canvas.ds.offset = [-left, -top];
+    app.canvas.setDirty(true, true);
+}"""
+"""The whole workflow into the window: what is out of sight is not laid out under Nodes 2.0."""
+TRACKER = "app.extensionManager.workflow.activeWorkflow.changeTracker"
+"""Has undo() and redo(), as the keys call them."""
 READY = "!!window.app?.graph?.nodes?.length"
 """The host has opened its own first workflow, so every node is registered."""
 
@@ -50,6 +88,19 @@ def chromium() -> str | None:
     """The path of a Chromium: BRAID_CHROMIUM, else what is installed; None without one."""
     named = os.environ.get("BRAID_CHROMIUM")
     return named or shutil.which("chromium") or shutil.which("google-chrome")
+
+
+def act(page, statement: str) -> None:
+    """Do this in the page, and wait for it; what it comes to stays there, because newer front ends
+    have nodes that no message can carry."""
+    page.evaluate(f"async () => {{ await ({statement}); }}")
+
+
+def remember(page) -> None:
+    """A step of undo. What takes it had another name in older front ends, and it adds to the step
+    what changes within the next 50 ms."""
+    act(page, f"({TRACKER}.captureCanvasState ?? {TRACKER}.checkState).call({TRACKER})")
+    page.wait_for_timeout(400)
 
 
 @contextmanager
@@ -64,7 +115,7 @@ def browsing(url: str, width: int = 1600, height: int = 1000, density: float = 1
         )
         page.goto(url)
         page.wait_for_function(READY)
-        page.evaluate("app.graph.clear()")
+        act(page, "app.graph.clear()")
         yield page
         browser.close()
 

@@ -24,6 +24,12 @@ def read_workflow(path: Path) -> dict:
     return json.loads(path.read_text())
 
 
+def lacking(workflow: dict, object_info: dict) -> list[str]:
+    """Nodes of a workflow that a ComfyUI does not have: core nodes that came later."""
+    kinds = {node["type"] for node in workflow["nodes"]} - NOTES
+    return sorted(kinds - set(object_info))
+
+
 def to_prompt(workflow: dict, object_info: dict) -> dict:
     """The API-format prompt of a workflow, as the front end would queue it."""
     links = {link[0]: link for link in workflow["links"]}
