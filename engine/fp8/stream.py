@@ -85,11 +85,13 @@ def quantized_stream(
     """Yield every tensor of `tensors`, the Linear weights that `decisions` names quantised.
 
     `decisions` is keyed like `tensors` and holds Linear weights only. ValueError names the Linear
-    weight, quantised or kept, that holds NaN or Inf.
+    weight, quantised or kept, that is no matrix of numbers or holds NaN or Inf.
     """
     for key, tensor in tensors.items():
-        merged = tensor if merge is None else merge(key, tensor)
         decision = decisions.get(key)
+        if decision is not None:
+            _check_weight(key, tensor)
+        merged = tensor if merge is None else merge(key, tensor)
         try:
             if decision is not None and decision.quantize:
                 quantized = quantize_weight(merged, policy, device)
@@ -101,6 +103,15 @@ def quantized_stream(
                 f"{key}: {error}; the source file is damaged, download or save it again"
             ) from error
         yield streamed
+
+
+def _check_weight(key: str, tensor: Tensor) -> None:
+    is_number = tensor.is_floating_point() and tensor.dtype.itemsize > 1
+    if tensor.ndim != 2 or not tensor.numel() or not is_number:
+        raise ValueError(
+            f"{key} is {tensor.dtype} of shape {list(tensor.shape)}, which is no Linear's weight; "
+            "the source file is damaged, download or save it again"
+        )
 
 
 def _kept(key: str, tensor: Tensor, merged: Tensor, decision: Decision | None) -> Streamed:

@@ -87,6 +87,14 @@ def test_the_stream_quantises_what_was_decided_and_keeps_the_rest(dtype):
     assert layers["head"].reason == "kept"
 
 
+@pytest.mark.parametrize("weight", [torch.ones(8), torch.ones(0, 8), torch.ones(8, 8).int()])
+@pytest.mark.parametrize("quantize", [True, False])
+def test_a_weight_that_no_linear_layer_has_is_refused(quantize, weight):
+    decisions = {"a.weight": Decision(quantize=quantize, reason="")}
+    with pytest.raises(ValueError, match="a.weight is .*, which is no Linear's weight; .*damaged"):
+        list(quantized_stream({"a.weight": weight}, decisions, Fp8Policy(), CPU))
+
+
 def test_a_tensor_with_nan_is_named():
     tensors = weights()
     tensors["blocks.0.q.weight"][2, 5] = float("nan")

@@ -1,5 +1,6 @@
 """The long run: `python -m fuzz`, or `python -m fuzz <target> <number>` to see one input again."""
 
+import resource
 import sys
 import time
 import traceback
@@ -39,7 +40,9 @@ def main(arguments: list[str]) -> int:
     with TemporaryDirectory() as folder:
         tallies = run(chosen, Path(folder))
     print(table(tallies))
-    print(f"{time.monotonic() - started:.0f} s")
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    processor = used.ru_utime + used.ru_stime
+    print(f"{time.monotonic() - started:.0f} s, of the processor {processor:.0f} s")
     failures = [failure for tally in tallies.values() for failure in tally.failures]
     for failure in failures:
         path = saved(targets[failure.target], failure.number)

@@ -171,9 +171,9 @@ def _lora_merge(skeleton: Skeleton, request: Fp8Request) -> tuple[Merge, str]:
     def merge(key: str, tensor: Tensor) -> Tensor:
         if key not in targets:
             return tensor
-        return comfy.lora.calculate_weight(
-            targets[key], tensor.to(torch.float32, copy=True), key, intermediate_dtype=torch.float32
-        )
+        whole, dtype = tensor.to(torch.float32, copy=True), torch.float32
+        with damage_named(request.lora), _understood_by_comfyui():
+            return comfy.lora.calculate_weight(targets[key], whole, key, intermediate_dtype=dtype)
 
     note = (
         f"{request.lora.name} merged at {request.lora_strength:g} into {len(targets)} tensors "
