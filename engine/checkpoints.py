@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .disk.folders import Search
 from .files import SafetensorsHeader, read_header
+from .refusals import quoted, shortened
 
 SHADOWS_SUFFIX = "-shadows.safetensors"
 """How the file with the EMA shadows of a run ends: `<run>-shadows.safetensors`."""
@@ -81,7 +82,8 @@ def find_checkpoints(
     search = search or Search()
     search.check(folder)
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder; choose the one the run saved its files in")
+        where = shortened(str(folder), 300)
+        raise ValueError(f"{where}: no such folder; choose the one the run saved its files in")
     matching = sorted(search.files(folder, pattern))
     headers = {}
     for path in matching:
@@ -95,7 +97,7 @@ def find_checkpoints(
     ]
     if not files:
         raise ValueError(
-            f"{folder}: no checkpoint matches {pattern!r} ({len(matching)} files looked at); "
+            f"{shortened(str(folder), 300)}: no checkpoint matches {quoted(pattern)} ({len(matching)} files looked at); "
             "choose another folder or pattern"
         )
     if all(file.step is not None for file in files):

@@ -48,7 +48,7 @@ def check_typed_path(option: str, typed: str, longest_part: int = LONGEST_PART) 
     ):
         if _bytes(text) > most:
             raise ValueError(
-                f"{option} holds a name of {_bytes(text):,} bytes ({text[:20]}…); at most "
+                f"{option} holds a name of {_bytes(text):,} bytes ({quoted(text[:20])} …); at most "
                 f"{most:,} fit {where}"
             )
     if _UNUSABLE.search(typed):

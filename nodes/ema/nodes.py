@@ -14,6 +14,7 @@ from ...engine.ema.figure import draw_reconstruction, draw_weights
 from ...engine.ema.order import SORTS
 from ...engine.ema.reconstruction import plan_reconstruction, reconstructed
 from ...engine.ema.schedule import Power
+from ...engine.refusals import quoted
 from .. import sockets
 from ..outputs import next_file, shown_picture
 from .fields import METHODS, parse_schedule, sigma_rel_input
@@ -249,7 +250,7 @@ def parse_sigma_rels(text: str) -> list[float]:
         widths = [float(part) for part in parts]
     except ValueError as error:
         raise ValueError(
-            f"sigma_rels {text[:80]!r}: {error}; write numbers such as 0.1, 0.15, 0.2"
+            f"sigma_rels is {quoted(text)}; write numbers such as 0.1, 0.15, 0.2"
         ) from error
     return [Power(sigma_rel=width).sigma_rel for width in widths]
 
