@@ -97,7 +97,8 @@ def find_checkpoints(
     ]
     if not files:
         raise ValueError(
-            f"{shortened(str(folder), 300)}: no checkpoint matches {quoted(pattern)} ({len(matching)} files looked at); "
+            f"{shortened(str(folder), 300)}: no checkpoint matches {quoted(pattern)} "
+            f"({len(matching)} files looked at); "
             "choose another folder or pattern"
         )
     if all(file.step is not None for file in files):
