@@ -11,9 +11,10 @@ from magcache_runs import (
     flux_plan,
     sample,
     sample_levels,
+    small_flux,
     warnings_of,
 )
-from tiny_models import build, latent
+from tiny_models import latent
 
 from comfyui_braid.engine.comfyui.magcache.calibrate import Calibrator
 from comfyui_braid.engine.magcache.rules import PlannedRule
@@ -21,7 +22,7 @@ from comfyui_braid.engine.magcache.rules import PlannedRule
 
 @pytest.fixture(scope="module")
 def model():
-    return build("flux")
+    return small_flux()
 
 
 @pytest.mark.parametrize("sampler", ["euler", "euler_ancestral", "heun", "dpmpp_sde", "dpmpp_2m"])

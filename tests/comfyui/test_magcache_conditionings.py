@@ -13,6 +13,7 @@ from magcache_runs import (
     counting,
     labels,
     sample,
+    small_flux,
 )
 from tiny_models import build, conditioning, latent
 
@@ -21,7 +22,7 @@ from comfyui_braid.engine.comfyui.magcache.wrappers import evaluations_of
 
 @pytest.fixture(scope="module")
 def model():
-    return build("flux")
+    return small_flux()
 
 
 def test_a_tensor_of_another_shape_type_or_device_never_takes_a_residual():

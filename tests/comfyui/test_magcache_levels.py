@@ -9,6 +9,7 @@ from magcache_runs import (
     flux_plan,
     sample,
     sample_levels,
+    small_flux,
     warnings_of,
 )
 from tiny_models import build, latent
@@ -22,7 +23,7 @@ from comfyui_braid.nodes.magcache.live import planned_strip
 
 @pytest.fixture(scope="module")
 def model():
-    return build("flux")
+    return small_flux()
 
 
 LEVELS = {

@@ -12,15 +12,14 @@ from magcache_runs import (
     GREEDY,
     SKIPPED,
     cached,
-    calibrate,
     counting,
     flux_plan,
     labels,
     sample,
     sample_levels,
+    small_flux,
     warnings_of,
 )
-from tiny_models import build
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from comfyui_braid.engine.comfyui.magcache.samplers import (
@@ -30,14 +29,13 @@ from comfyui_braid.engine.comfyui.magcache.samplers import (
     noisy_by_name,
     sampler_name,
 )
-from comfyui_braid.engine.comfyui.playground import load_playground_model
 from comfyui_braid.engine.magcache.clock import same_level
 from comfyui_braid.engine.magcache.rules import PlannedRule
 
 
 @pytest.fixture(scope="module")
 def model():
-    return build("flux")
+    return small_flux()
 
 
 @pytest.mark.parametrize("sampler", comfy.samplers.SAMPLER_NAMES)
@@ -94,24 +92,14 @@ SEVERAL_CALLS = (
 ).split()
 
 
-@pytest.fixture(scope="module")
-def playground():
-    """(model, its calibration)."""
-    model = load_playground_model()
-    return model, calibrate(model, "flux", steps=12, cfg=1.0)[0]
-
-
 @pytest.mark.parametrize("sampler", SEVERAL_CALLS)
-def test_extrapolation_stays_near_the_picture_with_samplers_that_call_several_times(
-    sampler, playground
-):
+def test_extrapolation_stays_near_the_picture_with_samplers_that_call_several_times(sampler, model):
     """Two calls at one noise level, a rounding apart, make no line to follow."""
-    model, plan = playground
     plain = sample(model, "flux", steps=12, cfg=1.0, sampler=sampler)
-    patched, patch = cached(model, plan, PlannedRule(speedup=1.5))
+    patched, patch = cached(model, flux_plan(12), PlannedRule(speedup=1.5))
     samples = sample(patched, "flux", steps=12, cfg=1.0, sampler=sampler)
     assert len(patch.last_report.skipped_steps) == 4
-    assert float((samples - plain).norm()) < float(plain.norm())
+    assert float((samples - plain).norm()) < 0.25 * float(plain.norm())
 
 
 @pytest.mark.parametrize("sampler", ["dpm_fast", "dpm_adaptive"])

@@ -16,8 +16,9 @@ from magcache_runs import (
     close,
     flux_plan,
     sample,
+    small_flux,
 )
-from tiny_models import build, latent
+from tiny_models import latent
 
 from comfyui_braid.engine.comfyui.magcache.calibrate import Calibrator
 from comfyui_braid.engine.magcache.rules import MagCacheRule, PlannedRule
@@ -25,7 +26,7 @@ from comfyui_braid.engine.magcache.rules import MagCacheRule, PlannedRule
 
 @pytest.fixture(scope="module")
 def model():
-    return build("flux")
+    return small_flux()
 
 
 def test_an_interrupted_run_leaves_nothing_behind(model):

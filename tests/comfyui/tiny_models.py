@@ -172,7 +172,13 @@ def build(
     weight_std: float = 0.05,
 ) -> comfy.model_patcher.ModelPatcher:
     """One tiny model wrapped in a ModelPatcher, its weights drawn from `seed`."""
-    tiny = MODELS[name]
+    return built(MODELS[name], dtype, seed, weight_std)
+
+
+def built(
+    tiny: TinyModel, dtype: torch.dtype = torch.float32, seed: int = 0, weight_std: float = 0.05
+) -> comfy.model_patcher.ModelPatcher:
+    """As `build`, for one that is not in MODELS."""
     config = getattr(comfy.supported_models, tiny.supported_model)(dict(tiny.unet_config))
     config.set_inference_dtype(dtype, None)
     model = config.get_model({}, "")
