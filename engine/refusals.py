@@ -84,5 +84,5 @@ def refuse_outside(
     """ValueError outside [lowest, highest], which the sentence ends with a `hint` about; and for
     nan."""
     if not lowest <= value <= highest:
-        sentence = f"{option} is {value}; it must be from {lowest:g} to {highest:g}"
+        sentence = f"{option} is {value}; it must be between {lowest:g} and {highest:g}"
         raise ValueError(f"{sentence}{f'; {hint}' if hint else ''}")

@@ -64,7 +64,7 @@ def test_no_width_at_all_is_refused(sigma_rel):
 
 
 def test_betas_outside_zero_to_one_are_refused():
-    with pytest.raises(ValueError, match="beta2 is 1.5; it must be from 0 to 1"):
+    with pytest.raises(ValueError, match="beta2 is 1.5; it must be between 0 and 1"):
         BetaRamp(beta=0.5, beta2=1.5)
 
 

@@ -31,8 +31,8 @@ SORTS = ("step", "mtime", "given")
         (lambda: refuse_not_positive("std", 0.0), "std is 0.0; it must be a number above 0"),
         (lambda: refuse_not_positive("std", math.nan), "std is nan; it must be a finite number"),
         (lambda: refuse_outside("beta", 1.5, 0, 1, "0.95 is usual"), "beta is 1.5; it must be "
-         "from 0 to 1; 0.95 is usual"),
-        (lambda: refuse_outside("beta", math.nan, 0, 1), "beta is nan; it must be from 0 to 1"),
+         "between 0 and 1; 0.95 is usual"),
+        (lambda: refuse_outside("beta", math.nan, 0, 1), "beta is nan; it must be between 0 and 1"),
         (lambda: refuse_long("text", "x" * 50_001), "text holds 50,001 characters; at most 50,000 "
          "are read"),
     ],

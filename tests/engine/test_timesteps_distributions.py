@@ -130,7 +130,7 @@ def test_a_range_of_no_mass_is_refused_once_the_resolution_is_known():
         (dict(sigmoid_scale=-1.0), "sigmoid_scale is -1.0"),
         (dict(logit_std=math.nan), "logit_std is nan"),
         (dict(logit_mean=math.inf), "logit_mean is inf; it must be a finite number"),
-        (dict(mode_scale=1.8), "mode_scale is 1.8; it must be from -1 to 1.75"),
+        (dict(mode_scale=1.8), "mode_scale is 1.8; it must be between -1 and 1.75"),
         (dict(mid_ratio=-0.1), "each must be 0 or more"),
         (dict(mid_ratio=0.0, logsnr_ratio=0.0, logsnr2_ratio=0.0), "at least one above 0"),
         (dict(min_timestep=500, max_timestep=500), "0 <= min < max <= 1000"),
