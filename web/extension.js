@@ -68,7 +68,11 @@ function heirOf(node) {
   return now && now !== node ? (panels.get(now)?.element ?? null) : null;
 }
 
-/** Put a live chart at the end of the node. */
+/**
+ * Put a live chart at the end of the node.
+ * @param {any} node
+ * @param {{noun: string, chart: any, height: number, extra?: Function, liveWins?: boolean}} what
+ */
 function addChart(node, { noun, chart, height, extra, liveWins }) {
   const number = ++panelCount;
   const panel = new LivePanel({

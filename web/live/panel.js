@@ -120,7 +120,7 @@ export class LivePanel {
       const answer = await this.#asked(question);
       if (answer) this.#answered(question, answer);
     } catch (error) {
-      this.#answered(question, { error: `This chart failed: ${error.message}` });
+      this.#answered(question, { error: `This chart failed: ${/** @type {Error} */ (error).message}` });
     }
   }
 
