@@ -453,7 +453,7 @@ def test_no_word_of_a_foreign_file_is_in_a_refusal(kind, world):
     first_bytes = str(int.from_bytes(SECRET[:8], "little"))
     for refusal in refusals:
         assert not any(word in refusal for word in ("secret", first_bytes, "root:", "0xff"))
-    assert refusals[0].startswith(f"{path}: not a training state of Braid")
+    assert refusals[0].startswith(f"{path}: not a safetensors file")
 
 
 def test_a_pipe_for_a_state_stops_nothing(world):
