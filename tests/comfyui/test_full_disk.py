@@ -39,7 +39,7 @@ from comfyui_braid.engine.training.states.state import read_state
 from comfyui_braid.nodes import BraidExtension, outputs, replacements
 from comfyui_braid.nodes.ema.nodes import BraidEmaReconstruct, BraidPostHocEma
 from comfyui_braid.nodes.fp8 import BraidSaveFp8
-from comfyui_braid.nodes.magcache.nodes import BraidMagCacheCalibration
+from comfyui_braid.nodes.magcache.calibration import BraidMagCacheCalibration
 from comfyui_braid.nodes.network import BraidSaveLora
 from comfyui_braid.nodes.training import train as training
 

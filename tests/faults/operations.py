@@ -27,7 +27,7 @@ from comfyui_braid.engine.training.states.saving import find_state, fingerprint
 from comfyui_braid.engine.training.states.state import read_state
 from comfyui_braid.nodes.ema.nodes import BraidPostHocEma
 from comfyui_braid.nodes.fp8 import BraidSaveFp8
-from comfyui_braid.nodes.magcache.nodes import BraidMagCacheCalibration
+from comfyui_braid.nodes.magcache.calibration import BraidMagCacheCalibration
 from comfyui_braid.nodes.training.train import BraidTrainLora
 
 STEPS = 12

@@ -26,7 +26,7 @@ from comfyui_braid.nodes.network import BraidSaveLora
 from comfyui_braid.nodes.outputs import next_file
 from comfyui_braid.nodes.timesteps.fields import MODE_FIELDS
 from comfyui_braid.nodes.timesteps.nodes import build_sampling
-from comfyui_braid.nodes.training.checkpoints import load_checkpoints
+from comfyui_braid.nodes.training.checkpoints import BraidLoadCheckpoints
 from comfyui_braid.nodes.training.optimizer import BraidOptimizer
 
 from . import files
@@ -132,8 +132,8 @@ def list_folder(typed: str, folder: Path) -> None:
     chosen, _, pattern = typed.partition("|")
     written(files.checkpoints()[0], folder, "run-step00000100.safetensors")
     with output_in(folder):
-        load_checkpoints(str(folder), pattern or "*.safetensors", "")
-        load_checkpoints(chosen, "*.safetensors", "")
+        BraidLoadCheckpoints.execute(str(folder), pattern or "*.safetensors", "")
+        BraidLoadCheckpoints.execute(chosen, "*.safetensors", "")
 
 
 SAMPLING = {
