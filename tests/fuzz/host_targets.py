@@ -19,7 +19,7 @@ from comfyui_braid.engine.fp8.checkpoint import comfy_quant
 from comfyui_braid.engine.fp8.policy import Fp8Policy
 from comfyui_braid.engine.playground.model import Flux, FluxShape
 from comfyui_braid.engine.training.optimizers.optimizer import Optimization
-from comfyui_braid.nodes import live
+from comfyui_braid.nodes import LIVE, kinds, live
 from comfyui_braid.nodes.ema.nodes import parse_sigma_rels
 from comfyui_braid.nodes.magcache.inputs import load_calibration
 from comfyui_braid.nodes.network import BraidSaveLora
@@ -247,7 +247,8 @@ def ask(question: str, folder: Path) -> None:
 
 
 def answer_live(noun: str, body: str) -> dict[str, Any]:
-    return live._computed(live.LIVE[noun], live.parse_live_node(json.loads(body)))
+    _, answer = live.answer_to(LIVE[noun], noun, kinds(), body.encode(errors="surrogatepass"))
+    return json.loads(answer)
 
 
 HOST_FILES = (
