@@ -48,6 +48,8 @@ def resolve(symbol: str) -> Any:
     """
     found, rest = _import_longest(symbol.split("."))
     for i, name in enumerate(rest):
+        if name.endswith("()()"):  # an instance that is called, as a wrapper's executor is
+            return _of_instance(getattr(found, name[:-4]), ["__call__", *rest[i + 1 :]])
         if name.endswith("()"):
             return _of_instance(getattr(found, name[:-2]), rest[i + 1 :])
         if inspect.isclass(found) and name == "instance":  # PromptServer.instance, once it runs
@@ -83,7 +85,7 @@ def _import_longest(parts: list[str]) -> tuple[Any, list[str]]:
 
 def _of_instance(cls: type, names: list[str]) -> Any:
     """The bound method of an instance, None for its data; AttributeError without such a name."""
-    if not names:
+    if not names or cls is Any:  # io.Model.Type: ModelPatcher to a type checker only
         return None
     known = [cls, *(s for s in cls.__subclasses__() if s.__module__.split(".")[0] in HOST)]
     method = next((inspect.getattr_static(c, names[0], None) for c in known), None)
