@@ -83,10 +83,11 @@ def find_checkpoints(
     search = search or Search()
     search.check(folder)
     if not folder.is_dir():
-        where = shortened(str(folder), 300)
-        raise ValueError(
-            Text("{folder}: no such folder; choose the one the run saved its files in", folder=where)
+        sentence = Text(
+            "{folder}: no such folder; choose the one the run saved its files in",
+            folder=shortened(str(folder), 300),
         )
+        raise ValueError(sentence)
     matching = sorted(search.files(folder, pattern))
     headers = {}
     for path in matching:

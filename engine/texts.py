@@ -19,7 +19,9 @@ class Text(str):
     """What stands in each place; a Text among them is translated too."""
 
     def __new__(cls, sentence: str, /, **values: object) -> "Text":
-        shown = {name: value if isinstance(value, str) else str(value) for name, value in values.items()}
+        shown = {
+            name: each if isinstance(each, str) else str(each) for name, each in values.items()
+        }
         text = super().__new__(cls, sentence.format(**shown))
         text.sentence, text.values = sentence, shown
         return text

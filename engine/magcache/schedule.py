@@ -153,9 +153,10 @@ def _check_steps(steps: int, rule: Rule) -> None:
 def _few_steps(steps: int, rule: Rule) -> list[str]:
     if steps > FEW_STEPS or rule.off:
         return []
-    return [
-        Text("{steps} steps are few for a cache: compare with plain runs of fewer steps", steps=steps)
-    ]
+    sentence = Text(
+        "{steps} steps are few for a cache: compare with plain runs of fewer steps", steps=steps
+    )
+    return [sentence]
 
 
 def _nothing_skipped(sigmas: tuple[float, ...], warnings: list[str]) -> Schedule:

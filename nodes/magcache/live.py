@@ -93,9 +93,10 @@ def _live_steps(node: LiveNode) -> int:
     if STEPS_DOWNSTREAM.id not in node.widgets:
         return 0
     if node.widgets[STEPS_DOWNSTREAM.id] is None:
-        raise DecidedByTheRunError(
-            Text("The sampler's steps come from a linked node: run the graph to see the strip here.")
+        sentence = Text(
+            "The sampler's steps come from a linked node: run the graph to see the strip here."
         )
+        raise DecidedByTheRunError(sentence)
     return checked(STEPS_DOWNSTREAM, node.widgets)
 
 

@@ -2,7 +2,7 @@
 // Texts of the page in the user's language. Imports nothing.
 //
 // English is the default and the key: under "braid" of locales/<language>/main.json stands what each
-// text is in that language. A text is written out in the call, words("…"), where a test finds it.
+// text is in that language. Each is written out in its call, where a test finds it.
 
 /** @type {Record<string, string>} */
 let translations = {};
