@@ -6,9 +6,9 @@ import pytest
 import torch
 from live_questions import chart_of, node_of
 
+from comfyui_braid.engine.texts import told
 from comfyui_braid.engine.timesteps.sampling import MODES, TimestepSampling
 from comfyui_braid.engine.timesteps.stream import TimestepStream
-from comfyui_braid.engine.texts import told
 from comfyui_braid.nodes.live_node import DecidedByTheRunError
 from comfyui_braid.nodes.timesteps.nodes import NODES, BraidTimestepPreview, BraidTimestepSampling
 
