@@ -116,7 +116,7 @@ export class ChartFace {
     const whole = [`${this.chart.name()}, ${title}`, subtitle, note].filter(Boolean).join(". ");
     this.element.setAttribute("tabindex", "0");
     this.element.setAttribute("role", "slider");
-    this.element.setAttribute("aria-label", whole.replaceAll(" · ", ", "));
+    this.element.setAttribute("aria-label", spoken(whole));
   }
 
   #focused(byKeyboard) {
@@ -146,13 +146,18 @@ export class ChartFace {
     this.element.setAttribute("aria-valuemin", "0");
     this.element.setAttribute("aria-valuemax", String(columns.length));
     this.element.setAttribute("aria-valuenow", String(this.cursor + 1));
-    this.element.setAttribute("aria-valuetext", text ?? hint);
+    this.element.setAttribute("aria-valuetext", spoken(text ?? hint));
   }
 
   /** @returns {SVGElement[]} */
   #columns() {
     return [...this.plot.querySelectorAll(".braid-column")];
   }
+}
+
+/** A text without the dots between its parts, which a screen reader would read out. */
+function spoken(text) {
+  return text.replaceAll(" · ", ", ");
 }
 
 /** Index of a column among its siblings; -1 for anything else. */

@@ -111,8 +111,8 @@ function columns({ steps, skipped, sigmas, accumulated }, { left, bottom }, step
   return Array.from({ length: steps }, (_, index) => {
     const error = short(accumulated[index]);
     const done = skips.has(index) ? words("skipped, error {error}", { error }) : words("computed");
-    const at = words("step {step} of {steps}", { step: index + 1, steps });
-    const reading = `${at}, σ ${short(sigmas[index], 4)}: ${done}`;
+    const at = { step: index + 1, steps, sigma: short(sigmas[index], 4), done };
+    const reading = words("step {step} of {steps}, σ {sigma}: {done}", at);
     return column(left + index * step, left + (index + 1) * step, MARGIN.top, bottom, reading);
   });
 }

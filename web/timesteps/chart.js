@@ -163,7 +163,7 @@ function reading({ statistics, run }, index) {
   if (!run) return planned;
   const { loss, loss_error, samples: all } = run;
   const ran = words("the run drew {count} of {all}", { count: run.counts[index], all });
-  if (loss[index] == null) return `${planned}; ${ran}`;
+  if (loss[index] == null) return `${planned} · ${ran}`;
   const error = loss_error[index] == null ? "" : ` ± ${short(loss_error[index], 2)}`;
-  return `${planned}; ${ran}, ${words("loss {loss}", { loss: `${short(loss[index])}${error}` })}`;
+  return `${planned} · ${ran} · ${words("loss {loss}", { loss: `${short(loss[index])}${error}` })}`;
 }
