@@ -5,6 +5,7 @@
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import * as ema from "./ema/chart.js";
+import { renewLists } from "./files/lists.js";
 import { speak, words } from "./language/texts.js";
 import { translateFields } from "./language/tooltips.js";
 import { describeNode, everyNode } from "./live/graph.js";
@@ -135,6 +136,18 @@ function showOnePicture(node) {
 api.addEventListener("promptQueued", () => {
   for (const node of everyNode(app.rootGraph ?? app.graph)) panels.get(node)?.queued();
 });
+
+/** What the server says of a node now: its lists name the files that are there. */
+async function definitionOf(type) {
+  const response = await api.fetchApi(`/object_info/${type}`);
+  return (await response.json())[type];
+}
+
+for (const ended of ["execution_success", "execution_interrupted", "execution_error"]) {
+  api.addEventListener(ended, () => {
+    renewLists(everyNode(app.rootGraph ?? app.graph), definitionOf).catch(() => {}); // the next run, or R, does it
+  });
+}
 
 app.registerExtension({
   name: "Braid.LiveCharts",

@@ -27,7 +27,7 @@ MOST_WIDTHS = 64
 
 def _checkpoints_input() -> io.Input:
     return sockets.Checkpoints.Input(
-        "checkpoints", tooltip="The files of one run, from Train LoRA or Load Checkpoints."
+        "checkpoints", tooltip="The files of one run, from Train LoRA or Load Training Checkpoints."
     )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+import comfy.model_management
 import torch
 from comfy.model_patcher import ModelPatcher
 
@@ -77,7 +78,7 @@ def train_lora(job: TrainingJob, inputs: TrainingInputs, say: Callable[[str], No
         stack.enter_context(attached(denoiser.diffusion_model, network))
         run = _build_run(job, denoiser, network, items)
         resolved = _resolved(job, patcher, targets, run, estimate, folder)
-        files = RunFiles(resolved, run, inputs.spare_folders, warn)
+        files = RunFiles(resolved, run, inputs.loras.parents[1], inputs.spare_folders, warn)
         if state_file:
             files.resume(state_file)
             say(f"resumed at step {run.step} from {state_file.name}")
@@ -157,10 +158,19 @@ def _train(
             pass
     except BaseException as reason:
         if run.step > started_at:
-            text = f"stopped at step {run.step} ({type(reason).__name__}); {files.rescue()}"
+            text = f"{_ended(reason)} at step {run.step}; {files.rescue()}"
             logger.warning(text)
             say(text)
         raise
+
+
+def _ended(reason: BaseException) -> str:
+    """How a run ended early; of an error the node says the rest."""
+    if isinstance(reason, comfy.model_management.InterruptProcessingException):
+        return "cancelled"
+    return (
+        "out of memory" if isinstance(reason, comfy.model_management.OOM_EXCEPTION) else "stopped"
+    )
 
 
 def _watched(
