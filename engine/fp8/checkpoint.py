@@ -24,7 +24,7 @@ QUANTIZATION_METADATA = "_quantization_metadata"
 LEGACY_MARKER = "scaled_fp8"
 FULL_PRECISION = "full_precision_matrix_mult"
 """Of a layer: dequantise it before it is multiplied, whatever the card can do."""
-Marker = Mapping[str, object]
+Marker = Mapping[str, Any]
 """What a file says of one layer: `format`, and settings of it."""
 MARKER = ".comfy_quant"
 """How the name of a layer's marker tensor ends."""

@@ -145,7 +145,7 @@ class MagCachePlan:
         return json.dumps({"format": FORMAT, **asdict(self)}, indent=1)
 
     @staticmethod
-    def from_json(text: str) -> "MagCachePlan":
+    def from_json(text: str | bytes) -> "MagCachePlan":
         """Read `to_json`'s text; ValueError in one sentence when it is something else."""
         try:
             raw = parse_json(text, DEEPEST)
