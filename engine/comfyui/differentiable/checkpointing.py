@@ -117,7 +117,8 @@ class _Call:
     def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The block's outputs for its inputs `tensors`, which may be changed in place."""
         args, kwargs = self.rebuild_inputs(tensors)
-        running, results = self.block.running, []
+        running = self.block.running
+        results: list[Tensor] = []
         before, running.inside = running.inside, True
         try:
             self.rebuild_outputs = _flatten(self.block.forward(*args, **kwargs), results)
@@ -174,7 +175,7 @@ def _accumulate(outputs: Sequence[Tensor], grads: Sequence[Tensor | None]) -> No
         if grad is not None and output.requires_grad
     ]
     if pairs:
-        torch.autograd.backward(*zip(*pairs, strict=True))
+        torch.autograd.backward([output for output, _ in pairs], [grad for _, grad in pairs])
 
 
 @dataclass(frozen=True, slots=True)

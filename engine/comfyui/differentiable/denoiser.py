@@ -61,7 +61,7 @@ class ComfyDenoiser:
         return self.model.diffusion_model
 
     @property
-    def sampling(self) -> nn.Module:
+    def sampling(self) -> noise_levels.ModelSampling:
         """The model's `model_sampling`: what its inputs and outputs mean."""
         return self.model.model_sampling
 
