@@ -224,8 +224,7 @@ class _WandB:
         self._run.log(dict(values), step=step)
 
     def histogram(self, tag: str, values: np.ndarray, step: int) -> None:
-        histogram = self._wandb.Histogram(values)  # type: ignore[arg-type]  # it takes arrays too
-        self._run.log({tag: histogram}, step=step)
+        self._run.log({tag: self._wandb.Histogram(values)}, step=step)
 
     def image(self, tag: str, picture: np.ndarray, step: int) -> None:
         self._run.log({tag: self._wandb.Image((picture * 255).astype(np.uint8))}, step=step)
