@@ -4,8 +4,8 @@ from comfy_api.latest import io, ui
 
 from ..engine.checkpoints import AdapterStateDict
 from ..engine.comfyui.model import architecture_of, diffusion_model_of
+from ..engine.network.adapter_file import SAVE_PRECISIONS, cast, write_adapter
 from ..engine.network.architectures import Architecture, architecture_named
-from ..engine.network.checkpoint import SAVE_PRECISIONS, cast, write_adapter
 from ..engine.network.keys import KEY_FORMATS, converted
 from ..engine.network.layers import layer_shapes
 from ..engine.network.metadata import parse_metadata

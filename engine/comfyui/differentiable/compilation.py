@@ -13,8 +13,8 @@ from torch._functorch import config as functorch_config
 
 from ...training.loop import TrainingRun, TrainingStep
 from ...training.options import Compilation
-from .checkpointing import find_blocks, outermost
 from .frozen import forward_replaced
+from .gradient_checkpointing import find_blocks, outermost
 from .inplace import is_guarded
 
 logger = logging.getLogger("comfyui_braid.training")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ...disk.reading import AGAIN, damage_named, one_line
 from ...files import mapped_tensors
-from ...fp8.checkpoint import Fp8Checkpoint, format_name, recognise, without_prefix
+from ...fp8.model_file import Fp8File, format_name, recognise, without_prefix
 from ...fp8.policy import Fp8Policy
 from ...fp8.report import Fp8Report, LayerReport
 from ...fp8.source import map_tensors
@@ -39,7 +39,7 @@ class Fp8Request:
     """What to load and how."""
 
     path: Path
-    """A .safetensors diffusion model or checkpoint; any one of its shards."""
+    """A .safetensors file that holds a diffusion model; any one of its shards."""
     policy: Fp8Policy = field(default_factory=Fp8Policy)
     lora: Path | None = None
     """Merged before quantising, in float32."""
@@ -87,7 +87,7 @@ def load_fp8_patcher(request: Fp8Request, disable_dynamic: bool = False) -> Mode
     return load_fp8(request, disable_dynamic).patcher
 
 
-def _as_it_is(already: Fp8Checkpoint, request: Fp8Request) -> tuple[dict[str, Tensor], Fp8Report]:
+def _as_it_is(already: Fp8File, request: Fp8Request) -> tuple[dict[str, Tensor], Fp8Report]:
     if request.lora is not None and request.lora_strength != 0.0:
         raise ValueError(
             f"{request.path.name} is FP8 already ({already.origin}); a LoRA can be merged before "

@@ -10,9 +10,9 @@ from typing import Any
 from ...checkpoints import SHADOWS_SUFFIX, AdapterStateDict, Checkpoints
 from ...disk.writing import NotWrittenError, replaced_when_whole
 from ...ema.shadows import SIGMA_RELS, Shadows
+from ...network.adapter_file import state_dict_of, weights_of, write_adapter
 from ...network.architectures import Architecture
 from ...network.attach import Network
-from ...network.checkpoint import state_dict_of, weights_of, write_adapter
 from ...network.keys import encoded
 from ...network.metadata import adapter_metadata
 from ...training.loop import TrainingRun, TrainingStep

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from ...checkpoints import Checkpoints
+from ...network.adapter_file import state_dict_of, write_adapter
 from ...network.architectures import architecture_of
 from ...network.attach import Network, attached, build_network, parameter_groups
-from ...network.checkpoint import state_dict_of, write_adapter
 from ...network.metadata import adapter_metadata
 from ...network.spec import NetworkSpec
 from ...network.targets import TargetReport, select_targets
