@@ -182,7 +182,7 @@ def plan_from_ratios(text: str) -> MagCachePlan:
         raise ValueError(
             f"mag_ratios: sections must have the same number of values, got {sorted(lengths)}"
         )
-    ratios = averaged(sections)
+    ratios = mean_row(sections)
     return MagCachePlan(
         name="mag_ratios",
         conditions=Conditions(steps=len(ratios)),
@@ -206,7 +206,7 @@ def _parse_line(line: str) -> tuple[float, ...]:
     return tuple(values)
 
 
-def averaged(rows: Sequence[Sequence[float]]) -> tuple[float, ...]:
+def mean_row(rows: Sequence[Sequence[float]]) -> tuple[float, ...]:
     """Mean of equally long rows, value by value."""
     return tuple(math.fsum(column) / len(rows) for column in zip(*rows, strict=True))
 

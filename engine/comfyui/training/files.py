@@ -81,7 +81,7 @@ class RunFiles:
         """
         for step in steps:
             if self._shadows and self._shadows.is_due(step.step):
-                with self._run.optimization.averaged():
+                with self._run.optimization.in_eval_mode():
                     self._shadows.update(step.step)
             yield step
 
@@ -116,7 +116,7 @@ class RunFiles:
         handed to the graph all the same.
         """
         saver, run = self.saver, self._run
-        with run.optimization.averaged():
+        with run.optimization.in_eval_mode():
             lora = self._build(saver.metadata(run))
         try:
             self.finished = saver.save_final(run, self._warn)
@@ -134,7 +134,7 @@ class RunFiles:
         for folder in self._spare_folders:
             with contextlib.suppress(OSError):
                 path = free_folder(folder, self._job.name) / self.saver.final.name
-                with self._run.optimization.averaged():
+                with self._run.optimization.in_eval_mode():
                     self._write(path, self.saver.metadata(self._run))
                 return path
         return None
@@ -144,7 +144,7 @@ class RunFiles:
         when it cannot be written."""
         if self._shadows is None:
             return None
-        with self._run.optimization.averaged():
+        with self._run.optimization.in_eval_mode():
             self._shadows.catch_up(self._run.step)
         built = self._build({"ss_steps": str(self._run.step)})
         constants = {key: tensor for key, tensor in built.items() if key.endswith(".alpha")}

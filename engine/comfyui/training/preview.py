@@ -64,7 +64,7 @@ class Previewer:
         run.network.eval()
         try:
             with (
-                run.optimization.averaged(),
+                run.optimization.in_eval_mode(),
                 torch.random.fork_rng([run.device] if run.device.type != "cpu" else []),
                 self._denoiser.paused(),
             ):

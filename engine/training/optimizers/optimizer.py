@@ -139,7 +139,7 @@ class Optimization:
         }
 
     @contextlib.contextmanager
-    def averaged(self) -> Iterator[None]:
+    def in_eval_mode(self) -> Iterator[None]:
         """Inside, a schedule-free optimizer shows its average, to be saved and sampled with.
 
         Its own way back from there rounds; here every weight comes back as it was, bit for bit.
