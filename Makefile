@@ -68,8 +68,9 @@ pictures: .venv/test.ready $(NEEDS)  ## Take every picture of README and help ag
 	$(TOOL).pictures
 	$(TOOL).photographs $(ONLY)
 
-help-tables: .venv/test.ready $(NEEDS)  ## Bring the input tables of the help pages in step with the node schemas
+help-tables: .venv/test.ready $(NEEDS)  ## Bring the tables of the help pages in step with node schemas and published lists
 	$(TOOL).help_tables
+	$(TOOL).published_settings
 
 in-step: .venv/test.ready $(NEEDS)  ## After translating: Japanese and Chinese match the English as it is now
 	$(TOOL).in_step $(ONLY)
