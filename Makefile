@@ -41,7 +41,7 @@ fuzz: .venv/test.ready $(NEEDS)  ## 100,000 damaged files and hostile texts: eac
 bench: .venv/test.ready $(NEEDS)  ## Ratios measured side by side, one thread
 	for bench in tests/bench/bench_*.py; do OMP_NUM_THREADS=1 $(BIN)/python $$bench || exit 1; done
 
-lint: style spelling web-types  ## ruff, codespell, TypeScript's checker on web/; `make -k lint` runs all to the end
+lint: style spelling types web-types  ## ruff, codespell, mypy, TypeScript's checker on web/; `make -k lint` runs all to the end
 
 style: .venv/test.ready
 	$(BIN)/ruff check .
@@ -50,7 +50,7 @@ style: .venv/test.ready
 spelling: .venv/test.ready
 	$(BIN)/codespell
 
-types: .venv/test.ready  ## mypy, strict on the engine without comfyui/; not clean yet, so not part of lint
+types: .venv/test.ready  # mypy, strict on the engine without comfyui/
 	mkdir -p build/lint && ln -sfn ../.. build/lint/comfyui_braid
 	cd build/lint && ../../$(BIN)/mypy --config-file ../../pyproject.toml
 
@@ -68,8 +68,9 @@ pictures: .venv/test.ready $(NEEDS)  ## Take every picture of README and help ag
 	$(TOOL).pictures
 	$(TOOL).photographs $(ONLY)
 
-help-tables: .venv/test.ready $(NEEDS)  ## Bring the input tables of the help pages in step with the node schemas
+help-tables: .venv/test.ready $(NEEDS)  ## Bring the tables of the help pages in step with node schemas and published lists
 	$(TOOL).help_tables
+	$(TOOL).published_settings
 
 in-step: .venv/test.ready $(NEEDS)  ## After translating: Japanese and Chinese match the English as it is now
 	$(TOOL).in_step $(ONLY)

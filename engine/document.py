@@ -4,14 +4,19 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
 
 from .disk.reading import is_unicode, shown
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 LONGEST_TEXT = 500
 
+Record = TypeVar("Record", bound="DataclassInstance")
 
-def object_from(of: type, raw: Any) -> Any:
+
+def object_from(of: type[Record], raw: Any) -> Record:
     """The dataclass `of` from a JSON object; a newer version's fields are left out."""
     if not isinstance(raw, dict):
         raise ValueError(f"{of.__name__} is {shown(raw)}")
@@ -27,7 +32,7 @@ def _read(name: str, kind: Any, value: Any) -> Any:
     if value is None and NoneType in choices:
         return None
     wanted = choices[0]
-    if is_dataclass(wanted):
+    if isinstance(wanted, type) and is_dataclass(wanted):
         return object_from(wanted, value)
     if get_origin(wanted) is tuple:
         return _list(name, get_args(wanted)[0], value)

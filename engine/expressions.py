@@ -147,16 +147,16 @@ def _part(code: Any, argument: Any) -> str:
     return _WRITERS[code](code, argument)
 
 
-def _set(_: Any, items: list) -> str:
+def _set(_: Any, items: list[Any]) -> str:
     """[…]; its items are (code, argument) as elsewhere."""
     return f"[{''.join(_part(code, argument) for code, argument in items)}]"
 
 
-def _branches(_: Any, argument: tuple) -> str:
+def _branches(_: Any, argument: tuple[Any, ...]) -> str:
     return f"(?:{'|'.join(_text(branch) for branch in argument[1])})"
 
 
-def _group(_: Any, argument: tuple) -> str:
+def _group(_: Any, argument: tuple[Any, ...]) -> str:
     """(…) where it captures; groups keep their numbers, and no names are needed."""
     number, add, remove, body = argument
     text = _flagged(add, remove, _text(body))
@@ -170,13 +170,13 @@ def _flagged(add: int, remove: int, text: str) -> str:
     return f"(?{on}{'-' if off else ''}{off}:{text})"
 
 
-def _repeat(code: Any, argument: tuple) -> str:
+def _repeat(code: Any, argument: tuple[Any, ...]) -> str:
     least, most, body = argument
     counts = f"{least}," if most is codes.MAXREPEAT else f"{least},{most}"
     return f"(?:{_text(body)}){{{counts}}}{_REPEATS[code]}"
 
 
-def _look(code: Any, argument: tuple) -> str:
+def _look(code: Any, argument: tuple[Any, ...]) -> str:
     direction, body = argument
     if direction < 0:
         shortest, longest = body.getwidth()
@@ -188,7 +188,7 @@ def _look(code: Any, argument: tuple) -> str:
     return f"(?{'<' if direction < 0 else ''}{sign}{_text(body)})"
 
 
-def _condition(_: Any, argument: tuple) -> str:
+def _condition(_: Any, argument: tuple[Any, ...]) -> str:
     number, yes, no = argument
     return f"(?({number}){_text(yes)}{f'|{_text(no)}' if no is not None else ''})"
 

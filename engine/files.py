@@ -229,7 +229,7 @@ def write_safetensors(
         for name in layout:
             flat = tensors[name].detach().cpu().contiguous().view(-1)
             if flat.numel():
-                file.write(memoryview(flat.view(torch.uint8).numpy()))
+                file.write(flat.view(torch.uint8).numpy().data)
         if check:
             check(file.path)
 

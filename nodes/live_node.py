@@ -55,15 +55,18 @@ class LiveNode:
     def values(self) -> dict[str, Any]:
         """Widget values as `execute` would get them; ValueError for one that the queue refuses,
         DecidedByTheRunError where one is unknown."""
-        given = _given(_inputs_of(self.kind).values(), self.widgets)
+        given = _given(self._inputs().values(), self.widgets)
         return {each.id: checked(each, self.widgets) for each in given}
 
     def value(self, name: str) -> Any:
         """One widget's value, for charts that need only some; ValueError likewise."""
-        widget = _inputs_of(self.kind).get(name)
+        widget = self._inputs().get(name)
         if widget is None:
             raise ValueError(f"{self.node_id} has no {name}")
         return checked(widget, self.widgets)
+
+    def _inputs(self) -> dict[str, Any]:
+        return _inputs_of(self.kind)  # type: ignore[arg-type]  # to mypy no class is Hashable
 
     def input(self, name: str) -> "LiveNode | None":
         """The node linked to an input, None without a link; DecidedByTheRunError likewise."""

@@ -4,8 +4,8 @@ from comfy_api.latest import io, ui
 
 from ..engine.checkpoints import AdapterStateDict
 from ..engine.comfyui.model import architecture_of, diffusion_model_of
-from ..engine.network.architectures import architecture_named
-from ..engine.network.checkpoint import SAVE_PRECISIONS, cast, write_adapter
+from ..engine.network.adapter_file import SAVE_PRECISIONS, cast, write_adapter
+from ..engine.network.architectures import Architecture, architecture_named
 from ..engine.network.keys import KEY_FORMATS, converted
 from ..engine.network.layers import layer_shapes
 from ..engine.network.metadata import parse_metadata
@@ -224,10 +224,11 @@ class BraidSaveLora(io.ComfyNode):
         recorded = lora.metadata if isinstance(lora, AdapterStateDict) else {}
         complete = recorded | parse_metadata(metadata)
         if model is not None:
-            architecture, layers = architecture_of(model), layer_shapes(diffusion_model_of(model))
+            layers = layer_shapes(diffusion_model_of(model))
+            architecture: Architecture | None = architecture_of(model)
         else:
-            architecture = architecture_named(complete.get("ss_base_model_version", ""))
             layers = None
+            architecture = architecture_named(complete.get("ss_base_model_version", ""))
         tensors = cast(
             converted(lora, key_format, architecture, layers), key_format, save_precision
         )

@@ -1,6 +1,7 @@
 """A small real world to try Braid in: runs anywhere, downloads nothing."""
 
-import torch
+from typing import Any
+
 from comfy_api.latest import io
 
 from ..engine.comfyui.playground import load_playground_model
@@ -162,7 +163,7 @@ class BraidPlaygroundDecode(io.ComfyNode):
         return io.NodeOutput(pictures)
 
 
-def conditioning(caption: str) -> list[tuple[torch.Tensor, dict]]:
+def conditioning(caption: str) -> list[list[Any]]:
     """CONDITIONING of a caption, as a text encoder node gives it."""
     context, pooled = captions.embed_caption(caption)
     return [[context, {"pooled_output": pooled}]]

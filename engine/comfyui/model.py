@@ -6,7 +6,7 @@ from pathlib import Path
 import comfy.model_patcher
 from torch import nn
 
-from ..fp8.checkpoint import FP8
+from ..fp8.model_file import FP8
 from ..network import architectures
 from ..network.architectures import Architecture
 

@@ -13,17 +13,21 @@ import os
 import re
 import shutil
 import stat
+import sys
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-try:
+if sys.platform == "win32":  # which removes no file that is open
+    fcntl = resource = None
+else:
     import fcntl
     import resource
-except ImportError:  # Windows, which removes no file that is open
-    fcntl = resource = None
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 PARTIAL_SUFFIX = ".partial"
 """Of files that are being written; only a killed process leaves one."""
@@ -49,7 +53,7 @@ class PartialFile(io.FileIO):
             with contextlib.suppress(OSError):  # file systems without locks
                 fcntl.flock(self, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
-    def write(self, data: bytes | memoryview) -> int:
+    def write(self, data: "ReadableBuffer") -> int:
         """All of `data`; NotWrittenError where there is no room for it."""
         rest = memoryview(data).cast("B")
         total = len(rest)

@@ -133,7 +133,7 @@ def _merged_bytes(merge: Merge) -> Iterator[tuple[memoryview, Progress]]:
                 with _on_one_thread():
                     values = chunks.merged(span, first, last)
                     _lay_over(values, overlays, first, last)
-                data = memoryview(values.view(torch.uint8).numpy())
+                data = values.view(torch.uint8).numpy().data
                 done += len(data)
                 yield data, Progress(done, total)
 
@@ -185,7 +185,7 @@ class _Chunks:
         raw = buffer[: (last - first) * dtype.itemsize]
         file = self._files[index]
         file.seek(start + first * dtype.itemsize)
-        if file.readinto(raw.numpy()) != len(raw):
+        if file.readinto(raw.numpy().data) != len(raw):
             raise ValueError(f"{file.name}: became shorter while it was read; start again")
         return raw.view(dtype)
 

@@ -69,7 +69,8 @@ def average_products(merge: Merge) -> Generator[Progress, None, Refactored]:
                 [source.read_finite(down).flatten(1) for source in merge.sources],
                 weights,
             )
-        except torch.linalg.LinAlgError as error:  # numbers near the end of the range of float32
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # not in its stubs
+            # numbers near the end of the range of float32
             raise ValueError(
                 f"the products of {down} and {up} cannot be averaged ({error}); use space 'factors'"
             ) from error
@@ -77,8 +78,8 @@ def average_products(merge: Merge) -> Generator[Progress, None, Refactored]:
         tensors[down] = _as_saved(product.down, down, merge.reference)
         removed, total = removed + product.removed, total + product.total
         yield Progress(done, len(modules))
-    error = (removed / total) ** 0.5 if total else 0.0
-    return Refactored(tensors=tensors, truncation_error=error)
+    truncation = (removed / total) ** 0.5 if total else 0.0
+    return Refactored(tensors=tensors, truncation_error=truncation)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

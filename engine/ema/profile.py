@@ -80,7 +80,9 @@ def power_beta(gamma: float, step: float, interval: float) -> float:
     return (1 - interval / step) ** (gamma + 1)
 
 
-def inner_product(gamma_a: Floats, end_a: Floats, gamma_b: Floats, end_b: Floats) -> Floats:
+def inner_product(
+    gamma_a: Floats | float, end_a: Floats | float, gamma_b: Floats | float, end_b: Floats | float
+) -> Floats:
     """Inner product of two profiles that end at `end_a` and `end_b` (Eq. 151); broadcasts."""
     earlier = np.minimum(end_a, end_b)
     mass_a = (gamma_a + 1) / end_a * (earlier / end_a) ** gamma_a

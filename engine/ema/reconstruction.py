@@ -114,7 +114,7 @@ def solve_reconstruction(stored: Sequence[float], sigma_rel: float, end: int) ->
     system = np.block([[gram, np.ones((count, 1))], [np.ones((1, count)), np.zeros((1, 1))]])
     x = np.linalg.solve(system, np.append(target, 1.0))[:count]
     norm = inner_product(gamma, 1.0, gamma, 1.0)
-    squared = norm - 2 * x @ target + x @ gram @ x
+    squared = float(norm - 2 * x @ target + x @ gram @ x)
     return Reconstruction(
         sigma_rel=sigma_rel,
         stored=tuple(stored),

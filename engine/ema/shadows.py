@@ -13,6 +13,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,8 +107,9 @@ class Shadows:
         return state | {"step": torch.tensor(self.step)}
 
     @torch.no_grad()
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Continue from `state_dict()`; ValueError when it is of another adapter or widths."""
+    def load_state_dict(self, state: Any) -> None:
+        """Continue from `state_dict()`; ValueError when it is anything else, or of another adapter
+        or widths."""
         ours = self.state_dict()
         if not isinstance(state, Mapping):
             raise ValueError("EMA shadows: the saved state holds none; resume without ema_shadows")

@@ -3,6 +3,7 @@
 import math
 import statistics
 from dataclasses import dataclass
+from typing import Any
 
 WORTH_EXEMPTING = 1.15
 """A layer is worth keeping in high precision from this multiple of the median error on."""
@@ -76,7 +77,7 @@ class Fp8Report:
         worse = [la for la in self.measured if la.error > WORTH_EXEMPTING * median]
         return tuple(sorted(worse, key=lambda layer: -layer.error))
 
-    def to_json(self) -> dict[str, object]:
+    def to_json(self) -> dict[str, Any]:
         """The whole report as plain values for JSON."""
         quantized = [layer for layer in self.layers if layer.quantized]
         errors = [layer.error for layer in self.measured]

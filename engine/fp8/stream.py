@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .checkpoint import comfy_quant, core_format
 from .dequantize import dequantize, row_chunks
+from .model_file import comfy_quant, core_format
 from .policy import Decision, Fp8Policy
 from .quantize import quantize_rows, quantize_rows_by, require_finite, tensor_scale
 from .report import LayerReport

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .clock import StepClock
-from .plan import POSITIVE, Conditions, Curve, MagCachePlan, averaged, calibrated_name
+from .plan import POSITIVE, Conditions, Curve, MagCachePlan, calibrated_name, mean_row
 from .residuals import ConditioningNames
 
 GUIDED = "guided prediction"
@@ -105,7 +105,7 @@ def calibrated_plan(
         name=name,
         conditions=conditions,
         curves=tuple(recorder.curve() for recorder in recorders),
-        inner_products=tuple(averaged(rows) for rows in zip(*triangles, strict=True)),
+        inner_products=tuple(mean_row(rows) for rows in zip(*triangles, strict=True)),
         source=source,
     )
 
@@ -169,7 +169,7 @@ def average_of_alike(plans: Sequence[MagCachePlan]) -> MagCachePlan:
             _average_curve(curves) for curves in zip(*(p.curves for p in alike), strict=True)
         ),
         inner_products=tuple(
-            averaged(rows) for rows in zip(*(p.inner_products for p in alike), strict=True)
+            mean_row(rows) for rows in zip(*(p.inner_products for p in alike), strict=True)
         ),
         source=f"{last.source}, mean of {len(alike)} runs",
     )
@@ -183,7 +183,7 @@ def _measured_alike(one: MagCachePlan, other: MagCachePlan) -> bool:
 def _average_curve(curves: Sequence[Curve]) -> Curve:
     return Curve(
         label=curves[0].label,
-        ratios=averaged([curve.ratios for curve in curves]),
-        spread=averaged([curve.spread for curve in curves]),
-        cosine_distance=averaged([curve.cosine_distance for curve in curves]),
+        ratios=mean_row([curve.ratios for curve in curves]),
+        spread=mean_row([curve.spread for curve in curves]),
+        cosine_distance=mean_row([curve.cosine_distance for curve in curves]),
     )

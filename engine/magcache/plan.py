@@ -146,7 +146,7 @@ class MagCachePlan:
         return json.dumps({"format": FORMAT, **asdict(self)}, indent=1)
 
     @staticmethod
-    def from_json(text: str) -> "MagCachePlan":
+    def from_json(text: str | bytes) -> "MagCachePlan":
         """Read `to_json`'s text; ValueError in one sentence when it is something else."""
         try:
             raw = parse_json(text, DEEPEST)
@@ -190,7 +190,7 @@ def plan_from_ratios(text: str) -> MagCachePlan:
         raise ValueError(
             f"mag_ratios: sections must have the same number of values, got {sorted(lengths)}"
         )
-    ratios = averaged(sections)
+    ratios = mean_row(sections)
     return MagCachePlan(
         name="mag_ratios",
         conditions=Conditions(steps=len(ratios)),
@@ -214,7 +214,7 @@ def _parse_line(line: str) -> tuple[float, ...]:
     return tuple(values)
 
 
-def averaged(rows: Sequence[Sequence[float]]) -> tuple[float, ...]:
+def mean_row(rows: Sequence[Sequence[float]]) -> tuple[float, ...]:
     """Mean of equally long rows, value by value."""
     return tuple(math.fsum(column) / len(rows) for column in zip(*rows, strict=True))
 

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from .adapters import ADAPTERS
-from .architectures import Architecture, Rename
+from .architectures import Architecture
 from .layers import LayerShape
+from .renames import Rename
 from .spec import Kind
 from .weights import AdapterWeights, checked_weights, delta_shape, row_blocks, stacked
 

@@ -8,7 +8,7 @@ quantised Linear is a plain module that only looks like one.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import cast
+from typing import TypeGuard
 
 from torch import nn
 
@@ -49,8 +49,7 @@ class LayerShape:
 def shape_of(module: nn.Module) -> LayerShape | None:
     """The shape of a Linear or convolution, None for any other module."""
     if is_linear(module):
-        linear = cast(nn.Linear, module)
-        return LayerShape(in_features=linear.in_features, out_features=linear.out_features)
+        return LayerShape(in_features=module.in_features, out_features=module.out_features)
     if isinstance(module, _CONVOLUTIONS):
         return LayerShape(
             in_features=module.in_channels,
@@ -65,8 +64,8 @@ def shape_of(module: nn.Module) -> LayerShape | None:
     return None
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Whether `module` is a linear layer; those that ComfyUI quantises are no `nn.Linear`."""
+def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether `module` is a linear layer; those that ComfyUI quantises only look like torch's."""
     return any(kind.__name__ == "Linear" for kind in type(module).__mro__) and (
         hasattr(module, "in_features") and hasattr(module, "out_features")
     )

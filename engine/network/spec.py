@@ -1,8 +1,8 @@
 """NetworkSpec: everything that shapes the trainable adapter, and its text form `network_args`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 from ..arguments import (
     parse_arguments,
@@ -13,6 +13,9 @@ from ..arguments import (
 )
 from ..patterns import check_patterns, parse_patterns
 from ..refusals import shortened
+
+Widget = TypeVar("Widget")
+Parsed = TypeVar("Parsed")
 
 Kind = Literal["lora", "loha", "lokr"]
 TargetMode = Literal["musubi", "whitelist"]
@@ -184,7 +187,7 @@ def parse_network_args(
             include=parse_patterns(
                 "include_patterns", given.get("include_patterns", include_patterns)
             ),
-            mode=given.get("target_mode", target_mode),  # type: ignore[arg-type]
+            mode=given.get("target_mode", target_mode),  # type: ignore[arg-type]  # likewise
         ),
         loraplus_lr_ratio=_number(
             given, "loraplus_lr_ratio", loraplus_lr_ratio or None, parse_float
@@ -222,7 +225,9 @@ def network_args_of(spec: NetworkSpec) -> dict[str, str]:
     return {key: str(value) for key, value in arguments.items()}
 
 
-def _number(given: Mapping[str, str], key: str, widget, parse):
+def _number(
+    given: Mapping[str, str], key: str, widget: Widget, parse: Callable[[str, str], Parsed]
+) -> Widget | Parsed:
     return parse(key, given[key]) if key in given else widget
 
 

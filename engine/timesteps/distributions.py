@@ -120,10 +120,12 @@ class Mixture(Distribution):
         return t
 
     def cdf(self, t: Tensor) -> Tensor:
-        return sum(s * part.cdf(t) for s, part in zip(self.shares, self.parts, strict=True))
+        parts = (s * part.cdf(t) for s, part in zip(self.shares, self.parts, strict=True))
+        return sum(parts, torch.zeros_like(t))
 
     def density(self, t: Tensor) -> Tensor:
-        return sum(s * part.density(t) for s, part in zip(self.shares, self.parts, strict=True))
+        parts = (s * part.density(t) for s, part in zip(self.shares, self.parts, strict=True))
+        return sum(parts, torch.zeros_like(t))
 
 
 @dataclass(frozen=True, slots=True)

@@ -144,11 +144,10 @@ def _add_log_snr(axis: Axes) -> None:
 
 def _add_title(figure: Figure, preview: Preview) -> None:
     inch = 1.0 / figure.get_figheight()
-    for text, down, style in (
-        (", ".join(title(preview)), 0.28, {"color": INK, "fontsize": 14, "fontweight": "bold"}),
-        (" · ".join(subtitle(preview)), 0.51, {"color": FAINT, "fontsize": 9.5}),
-    ):
-        figure.text(0.085, 1.0 - down * inch, text, va="center", **style)
+    high, low = 1.0 - 0.28 * inch, 1.0 - 0.51 * inch
+    name, details = ", ".join(title(preview)), " · ".join(subtitle(preview))
+    figure.text(0.085, high, name, va="center", color=INK, fontsize=14, fontweight="bold")
+    figure.text(0.085, low, details, va="center", color=FAINT, fontsize=9.5)
 
 
 def title(preview: Preview) -> list[str]:

@@ -121,11 +121,13 @@ class LossHistory:
 
 
 def _check_tables(state: Mapping[str, Any]) -> None:
-    tables = {name: state.get(name) for name in LossHistory().state_dict()}
-    for name, table in tables.items():
+    tables: dict[str, Tensor] = {}
+    for name in LossHistory().state_dict():
+        table = state.get(name)
         dtype, sides = (torch.int64, 1) if name == "sample_counts" else (torch.float64, 2)
         if not isinstance(table, Tensor) or table.dtype != dtype or table.ndim != sides:
             raise ValueError(f"history: its {name} are no table of numbers")
+        tables[name] = table
     count = len(tables["records"])
     counts, samples, validations = (
         tables[name] for name in ("sample_counts", "samples", "validations")

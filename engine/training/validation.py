@@ -29,7 +29,7 @@ class Validator:
         """The mean unweighted loss over all items and noise levels, dropout off."""
         run.network.eval()
         try:
-            with run.optimization.averaged(), torch.no_grad():
+            with run.optimization.in_eval_mode(), torch.no_grad():
                 pairs = [
                     pair for i, item in enumerate(self.items) for pair in self._losses(run, i, item)
                 ]

@@ -140,6 +140,7 @@ class BraidMagCachePlan(io.ComfyNode):
         sigmas: torch.Tensor | None = None,
     ) -> io.NodeOutput:
         plan = plan or plan_from_widgets(preset, mag_ratios)
+        assert plan is not None, "this node's preset has no auto"
         levels = levels_for(plan, steps, None if sigmas is None else sigmas.tolist())
         schedule = plan_schedule(plan, levels, parse_rule(rule))
         image = as_image(draw_schedule(schedule, plan.name))

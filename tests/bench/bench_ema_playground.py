@@ -34,18 +34,18 @@ from comfyui_braid.engine.ema.shadows import (  # noqa: E402
     plan_reconstruction,
     reconstructed,
 )
-from comfyui_braid.engine.network.architectures import architecture_of  # noqa: E402
-from comfyui_braid.engine.network.attach import (  # noqa: E402
-    attached,
-    build_network,
-    parameter_groups,
-)
-from comfyui_braid.engine.network.checkpoint import (  # noqa: E402
+from comfyui_braid.engine.network.adapter_file import (  # noqa: E402
     load_weights,
     read_adapter,
     state_dict_of,
     weights_of,
     write_adapter,
+)
+from comfyui_braid.engine.network.architectures import architecture_of  # noqa: E402
+from comfyui_braid.engine.network.attach import (  # noqa: E402
+    attached,
+    build_network,
+    parameter_groups,
 )
 from comfyui_braid.engine.network.keys import encoded  # noqa: E402
 from comfyui_braid.engine.network.layers import layer_shapes  # noqa: E402

@@ -32,7 +32,7 @@ from torch import nn  # noqa: E402
 
 from comfyui_braid.engine.comfyui.differentiable.frozen import dequantized, frozen  # noqa: E402
 from comfyui_braid.engine.comfyui.fp8.layout import with_fine_scale  # noqa: E402
-from comfyui_braid.engine.fp8.checkpoint import comfy_quant, core_format  # noqa: E402
+from comfyui_braid.engine.fp8.model_file import comfy_quant, core_format  # noqa: E402
 from comfyui_braid.engine.fp8.policy import Fp8Policy  # noqa: E402
 from comfyui_braid.engine.fp8.stream import quantize_weight  # noqa: E402
 

@@ -15,13 +15,13 @@ from tiny_models import ARCHITECTURES, build, sampled
 
 from comfyui_braid.engine.checkpoints import AdapterStateDict
 from comfyui_braid.engine.comfyui.model import architecture_of, diffusion_model_of
-from comfyui_braid.engine.network.attach import attached, build_network
-from comfyui_braid.engine.network.checkpoint import (
+from comfyui_braid.engine.network.adapter_file import (
     read_adapter,
     state_dict_of,
     weights_of,
     write_adapter,
 )
+from comfyui_braid.engine.network.attach import attached, build_network
 from comfyui_braid.engine.network.keys import KEY_FORMATS
 from comfyui_braid.engine.network.layers import layer_shapes
 from comfyui_braid.engine.network.spec import NetworkSpec, TargetPatterns

@@ -21,8 +21,8 @@ from tiny_models import FLUX, MODELS, build
 
 from comfyui_braid.engine.comfyui.model import architecture_of, diffusion_model_of
 from comfyui_braid.engine.network import architectures
+from comfyui_braid.engine.network.adapter_file import state_dict_of
 from comfyui_braid.engine.network.attach import build_network
-from comfyui_braid.engine.network.checkpoint import state_dict_of
 from comfyui_braid.engine.network.keys import KEY_FORMATS
 from comfyui_braid.engine.network.layers import layer_shapes
 from comfyui_braid.engine.network.spec import NetworkSpec, TargetPatterns

@@ -8,7 +8,7 @@ import torch
 from tiny_models import build
 from training_cases import run
 
-from comfyui_braid.engine.comfyui.differentiable.checkpointing import find_blocks
+from comfyui_braid.engine.comfyui.differentiable.gradient_checkpointing import find_blocks
 from comfyui_braid.engine.comfyui.training.memory import GIB, MemoryEstimate, estimate_memory
 
 

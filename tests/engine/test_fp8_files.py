@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from comfyui_braid.engine.files import read_header, write_safetensors
-from comfyui_braid.engine.fp8.checkpoint import comfy_quant, recognise, without_prefix
+from comfyui_braid.engine.fp8.model_file import comfy_quant, recognise, without_prefix
 from comfyui_braid.engine.fp8.policy import Decision, Fp8Policy
 from comfyui_braid.engine.fp8.source import map_tensors
 from comfyui_braid.engine.fp8.stream import quantized_stream

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from host import published as published_settings
 
 from comfyui_braid.engine.disk.reading import DamagedFileError
 from comfyui_braid.engine.magcache.plan import (
@@ -19,6 +18,7 @@ from comfyui_braid.engine.magcache.plan import (
     read_plan,
 )
 from comfyui_braid.engine.magcache.presets import preset_for, preset_named, presets
+from tools.published_settings import PAGES, with_rows
 
 TESTS = Path(__file__).parents[1]
 RATIO_LISTS = json.loads((TESTS / "goldens" / "magcache_ratios.json").read_text())["lists"]
@@ -69,11 +69,11 @@ def test_every_preset_names_its_source_and_survives_json(name):
     assert MagCachePlan.from_json(plan.to_json()) == plan
 
 
-@pytest.mark.parametrize("page", published_settings.PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_help_has_the_settings_that_the_lists_were_published_with(page):
-    """`cd tests && python -m host.published` writes them."""
+    """`make help-tables` writes them."""
     text = page.read_text(encoding="utf-8")
-    assert published_settings.with_rows(text) == text
+    assert with_rows(text) == text
     assert "| FLUX.1-dev | 0.24 | 0.1 | 5 |" in text
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from network_files import FLUX, Z_IMAGE, Model, delta, factors, linear, network_for
 
+from comfyui_braid.engine.network.adapter_file import state_dict_of
 from comfyui_braid.engine.network.architectures import DEFAULT, architecture_of
-from comfyui_braid.engine.network.checkpoint import state_dict_of
 from comfyui_braid.engine.network.keys import converted, decoded, format_of
 from comfyui_braid.engine.network.layers import layer_shapes
 

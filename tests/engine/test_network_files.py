@@ -11,8 +11,7 @@ from torch import nn
 
 from comfyui_braid.engine.disk.hashes import sshs_hashes
 from comfyui_braid.engine.files import read_header
-from comfyui_braid.engine.network.architectures import DEFAULT, architecture_of
-from comfyui_braid.engine.network.checkpoint import (
+from comfyui_braid.engine.network.adapter_file import (
     cast,
     load_weights,
     read_adapter,
@@ -21,6 +20,7 @@ from comfyui_braid.engine.network.checkpoint import (
     weights_of,
     write_adapter,
 )
+from comfyui_braid.engine.network.architectures import DEFAULT, architecture_of
 from comfyui_braid.engine.network.keys import decoded, encoded
 from comfyui_braid.engine.network.layers import LayerShape, layer_shapes
 from comfyui_braid.engine.network.spec import KINDS

@@ -20,8 +20,8 @@ from comfyui_braid.engine.ema.shadows import Shadows
 from comfyui_braid.engine.files import mapped_tensors, read_header, read_tensors
 from comfyui_braid.engine.fp8.source import map_tensors
 from comfyui_braid.engine.magcache.plan import read_plan
+from comfyui_braid.engine.network.adapter_file import read_adapter
 from comfyui_braid.engine.network.architectures import DEFAULT
-from comfyui_braid.engine.network.checkpoint import read_adapter
 from comfyui_braid.engine.network.layers import LayerShape
 from comfyui_braid.engine.training.states.identity import Identity
 from comfyui_braid.engine.training.states.resume import resumed

@@ -101,7 +101,7 @@ def test_showing_the_average_of_a_schedule_free_optimizer_changes_nothing_that_f
     run, model = make_run(optimizer=optimizer)
     train(run, model, until=3)
     trained = {k: v.clone() for k, v in run.network.state_dict().items()}
-    with run.optimization.averaged():
+    with run.optimization.in_eval_mode():
         shown = {k: v.clone() for k, v in run.network.state_dict().items()}
     assert not all(torch.equal(shown[k], trained[k]) for k in shown)
     assert_equal_states({k: v for k, v in run.network.state_dict().items()}, trained)

@@ -13,7 +13,7 @@ from torch import Tensor
 from training_runs import PLAN, make_run, train
 
 from comfyui_braid.engine.ema.shadows import Shadows
-from comfyui_braid.engine.fp8.checkpoint import comfy_quant
+from comfyui_braid.engine.fp8.model_file import comfy_quant
 from comfyui_braid.engine.magcache.plan import Conditions, Curve, MagCachePlan
 from comfyui_braid.engine.magcache.presets import presets
 from comfyui_braid.engine.network.adapters import ADAPTERS
@@ -118,7 +118,7 @@ def states() -> list[bytes]:
 
 @functools.cache
 def models() -> list[bytes]:
-    """bf16, musubi's FP8, ComfyUI's FP8 with markers, with a header, of a full checkpoint."""
+    """bf16, musubi's FP8, ComfyUI's FP8 with markers, with a header, of a whole model."""
     generator = torch.Generator().manual_seed(0)
     plain = {
         "blocks.0.q.weight": torch.randn(8, 16, generator=generator).bfloat16(),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from comfyui_braid.engine.checkpoints import AdapterStateDict
 from comfyui_braid.engine.comfyui.fp8.loader import Fp8Request, load_fp8
-from comfyui_braid.engine.fp8.checkpoint import comfy_quant
+from comfyui_braid.engine.fp8.model_file import comfy_quant
 from comfyui_braid.engine.fp8.policy import Fp8Policy
 from comfyui_braid.engine.playground.model import Flux, FluxShape
 from comfyui_braid.engine.training.optimizers.optimizer import Optimization
@@ -48,7 +48,7 @@ def flux() -> dict[str, Tensor]:
 
 @functools.cache
 def flux_files() -> list[bytes]:
-    """In bf16; in FP8 with markers; in FP8 with a header, as a part of a full checkpoint."""
+    """In bf16; in FP8 with markers; in FP8 with a header, as a part of a whole model."""
     scaled, layers = dict(flux()), {}
     for name, tensor in flux().items():
         if name.endswith(".weight") and tensor.ndim == 2 and "_blocks." in name:

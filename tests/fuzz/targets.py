@@ -18,7 +18,7 @@ from comfyui_braid.engine.ema.reconstruction import plan_reconstruction, reconst
 from comfyui_braid.engine.ema.schedule import Power
 from comfyui_braid.engine.ema.shadows import Shadows
 from comfyui_braid.engine.files import read_header, read_tensors
-from comfyui_braid.engine.fp8.checkpoint import recognise, without_prefix
+from comfyui_braid.engine.fp8.model_file import recognise, without_prefix
 from comfyui_braid.engine.fp8.policy import Decision, Fp8Policy, LayerPatterns
 from comfyui_braid.engine.fp8.source import map_tensors
 from comfyui_braid.engine.fp8.stream import quantized_stream
@@ -32,7 +32,7 @@ from comfyui_braid.engine.magcache.plan import (
 )
 from comfyui_braid.engine.magcache.rules import MagCacheRule, PlannedRule
 from comfyui_braid.engine.magcache.schedule import plan_schedule
-from comfyui_braid.engine.network.checkpoint import load_weights, read_adapter
+from comfyui_braid.engine.network.adapter_file import load_weights, read_adapter
 from comfyui_braid.engine.network.keys import KEY_FORMATS, encoded
 from comfyui_braid.engine.network.metadata import parse_metadata
 from comfyui_braid.engine.network.spec import NetworkSpec, TargetPatterns, parse_network_args

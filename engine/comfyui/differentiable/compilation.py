@@ -13,8 +13,8 @@ from torch._functorch import config as functorch_config
 
 from ...training.loop import TrainingRun, TrainingStep
 from ...training.options import Compilation
-from .checkpointing import find_blocks, outermost
 from .frozen import forward_replaced
+from .gradient_checkpointing import find_blocks, outermost
 from .inplace import is_guarded
 
 logger = logging.getLogger("comfyui_braid.training")
@@ -100,7 +100,7 @@ def compiled(model: nn.Module, compilation: Compilation | None) -> Iterator[Comp
     blocks = outermost(find_blocks(model))
     with ExitStack() as undo:
         config = torch._dynamo.config
-        settings = {
+        settings: dict[str, Any] = {
             # each block is traced by itself; torch gives up after 8 of a kind
             "cache_size_limit": max(config.cache_size_limit, 4 * len(blocks)),
             # adapters hang on hooks: code of a block without one must not serve a block with one

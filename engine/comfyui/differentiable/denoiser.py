@@ -27,9 +27,9 @@ from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrapper
 from torch import Tensor, nn
 
 from . import noise_levels
-from .checkpointing import checkpointed, graphs_alive
 from .conditioning import Conditioning, encode, groups, settled, stacked
 from .frozen import frozen
+from .gradient_checkpointing import graphs_alive, recomputing
 from .inplace import differentiates, guarded
 
 
@@ -63,7 +63,7 @@ class ComfyDenoiser:
         return self.model.diffusion_model
 
     @property
-    def sampling(self) -> nn.Module:
+    def sampling(self) -> noise_levels.ModelSampling:
         """The model's `model_sampling`: what its inputs and outputs mean."""
         return self.model.model_sampling
 
@@ -233,7 +233,7 @@ def training_session(
         session.enter_context(_compute_dtype(model, compute_dtype))
         session.enter_context(frozen(model))
         if gradient_checkpointing:
-            session.enter_context(checkpointed(model.diffusion_model))
+            session.enter_context(recomputing(model.diffusion_model))
         yield ComfyDenoiser(
             patcher,
             options=_options(patcher),
@@ -245,13 +245,13 @@ def training_session(
 
 
 def _load(
-    patcher: ModelPatcher, latents_shape: Sequence[int], checkpointing: bool, offload: bool
+    patcher: ModelPatcher, latents_shape: Sequence[int], gradient_checkpointing: bool, offload: bool
 ) -> None:
     """Bring the model onto its device as the host does for sampling, and all others off it."""
     management = comfy.model_management
     ours = [m for m in management.current_loaded_models if m.model and m.model.is_clone(patcher)]
     management.free_memory(1e30, patcher.load_device, keep_loaded=ours)
-    graphs = graphs_alive(patcher.model.diffusion_model, checkpointing)
+    graphs = graphs_alive(patcher.model.diffusion_model, gradient_checkpointing)
     needed = graphs * patcher.model.memory_required(list(latents_shape))
     management.load_models_gpu(
         [patcher, *patcher.get_nested_additional_models()],

@@ -12,6 +12,7 @@ replaced by copies for the while.
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any, TypeAlias
 
 import comfy.model_management
 import comfy.ops
@@ -26,13 +27,13 @@ from ...network.layers import is_linear
 
 logger = logging.getLogger("comfyui_braid.training")
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
+Convolution: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
+Norm: TypeAlias = nn.LayerNorm | nn.RMSNorm | nn.GroupNorm
 
 
 @contextmanager
 def frozen_weight(
-    module: nn.Module, dtype: torch.dtype, device: torch.device
+    module: nn.Linear | Convolution | Norm, dtype: torch.dtype, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """`module`'s weight and bias as plain tensors of `dtype` on `device`.
 
@@ -49,7 +50,7 @@ def frozen_weight(
     if hasattr(module, "cast_bias_weight"):
         with torch.inference_mode():
             weight, bias = module.cast_bias_weight(dtype=dtype, device=device, bias_dtype=dtype)
-        yield _plain(weight), _plain(bias)
+        yield _plain(weight), None if bias is None else _plain(bias)
         return
     with torch.inference_mode():
         # want_requant: a patched weight is rounded alike when it is fetched again in backward
@@ -65,14 +66,14 @@ def frozen_weight(
         plain = dequantized(weight) if isinstance(weight, QuantizedTensor) else weight
         plain = plain.to(dtype)
     try:
-        yield _plain(plain), _plain(bias)
+        yield _plain(plain), None if bias is None else _plain(bias)
     finally:
         comfy.ops.uncast_bias_weight(module, weight, bias, stream)
 
 
-def _plain(tensor: Tensor | None) -> Tensor | None:
+def _plain(tensor: Tensor) -> Tensor:
     """Without the class that another pack gave it, which would spread to every result."""
-    if tensor is None or type(tensor) in (Tensor, nn.Parameter):
+    if type(tensor) in (Tensor, nn.Parameter):
         return tensor  # an alias of it would be a graph break for torch.compile
     return tensor.as_subclass(Tensor)
 
@@ -88,7 +89,7 @@ class FrozenLinear(torch.autograd.Function):
     """`x @ weight.T + bias` for x (N, in); saves nothing but the module."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, module: nn.Module) -> Tensor:
+    def forward(ctx, x: Tensor, module: nn.Linear) -> Tensor:
         ctx.module = module
         return _linear(x, module)
 
@@ -103,7 +104,7 @@ class FrozenConvolution(torch.autograd.Function):
     """A convolution with zero padding; saves nothing but the module and the input's shape."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, module: nn.Module, padding: tuple[int, ...]) -> Tensor:
+    def forward(ctx, x: Tensor, module: Convolution, padding: tuple[int, ...]) -> Tensor:
         ctx.module, ctx.padding, ctx.shape = module, padding, x.shape
         return _convolution(x, module, padding)
 
@@ -129,12 +130,12 @@ class FrozenConvolution(torch.autograd.Function):
         return grad_input, None, None
 
 
-def _linear(x: Tensor, module: nn.Module) -> Tensor:
+def _linear(x: Tensor, module: nn.Linear) -> Tensor:
     with frozen_weight(module, x.dtype, x.device) as (weight, bias):
         return F.linear(x, weight, bias)
 
 
-def _convolution(x: Tensor, module: nn.Module, padding: tuple[int, ...]) -> Tensor:
+def _convolution(x: Tensor, module: Convolution, padding: tuple[int, ...]) -> Tensor:
     with frozen_weight(module, x.dtype, x.device) as (weight, bias):
         return torch.convolution(
             x,
@@ -153,7 +154,7 @@ def _needs_graph(x: Tensor) -> bool:
     return torch.is_grad_enabled() and x.requires_grad
 
 
-def _linear_forward(module: nn.Module) -> Callable[..., Tensor]:
+def _linear_forward(module: nn.Linear) -> Callable[..., Tensor]:
     smoothing = getattr(module, "pre_quant_scale", None)  # AWQ: belongs to the input of this layer
 
     def forward(x: Tensor, *args: object, **kwargs: object) -> Tensor:
@@ -168,21 +169,22 @@ def _linear_forward(module: nn.Module) -> Callable[..., Tensor]:
     return forward
 
 
-def _convolution_forward(module: nn.Module) -> Callable[..., Tensor]:
+def _convolution_forward(module: Convolution, padding: tuple[int, ...]) -> Callable[..., Tensor]:
+    pads_itself = module.padding_mode != "zeros"
+    still_to_pad = (0,) * len(padding) if pads_itself else padding
+
     def forward(x: Tensor) -> Tensor:
         comfy.ops.run_every_op()
-        padding = module.padding
-        if module.padding_mode != "zeros":
+        if pads_itself:
             x = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode)
-            padding = (0,) * len(module.stride)
         if _needs_graph(x):
-            return FrozenConvolution.apply(x, module, padding)
-        return _convolution(x, module, padding)
+            return FrozenConvolution.apply(x, module, still_to_pad)
+        return _convolution(x, module, still_to_pad)
 
     return forward
 
 
-def _norm_forward(module: nn.Module) -> Callable[..., Tensor]:
+def _norm_forward(module: Norm) -> Callable[..., Tensor]:
     def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         match module:
             case nn.LayerNorm():
@@ -212,9 +214,9 @@ def _forward_of(module: nn.Module) -> Callable[..., Tensor] | None:
     """The differentiable forward of one base layer, or None where its own already is."""
     if is_linear(module):
         return _linear_forward(module)
-    if isinstance(module, CONVOLUTIONS) and not isinstance(module.padding, str):
-        return _convolution_forward(module)
-    if isinstance(module, NORMS):
+    if isinstance(module, Convolution) and not isinstance(module.padding, str):
+        return _convolution_forward(module, module.padding)
+    if isinstance(module, Norm):
         return _norm_forward(module)
     return None
 
@@ -258,7 +260,8 @@ def forward_replaced(module: nn.Module, forward: Callable[..., Tensor]) -> Itera
 def _copy_loose_tensors(module: nn.Module, undo: ExitStack) -> int:
     """Replace `module`'s own inference tensors by copies that autograd may save; bytes copied."""
     copied = 0
-    for tensors in (module._parameters, module._buffers):
+    owned: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+    for tensors in owned:
         for name, tensor in tensors.items():
             if tensor is None or not tensor.is_inference():
                 continue

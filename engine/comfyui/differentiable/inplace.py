@@ -42,7 +42,7 @@ def differentiates(outputs: Sequence[Tensor]) -> bool:
 
 def _leaves(outputs: Iterable[Tensor]) -> Iterable[Tensor]:
     """The tensors whose gradient a backward pass from `outputs` would accumulate."""
-    nodes = [output.grad_fn for output in outputs]
+    nodes = [output.grad_fn for output in outputs if output.grad_fn is not None]
     seen = set(nodes)
     while nodes:
         node = nodes.pop()

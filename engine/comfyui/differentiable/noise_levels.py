@@ -6,6 +6,8 @@ of it follows from that object's own methods; nothing is looked up by architectu
 `t` in [0, 1] is the noise level of training, 1 = pure noise, one per item of a batch.
 """
 
+from typing import Protocol
+
 import comfy.model_management
 import torch
 from comfy.model_sampling import (
@@ -17,7 +19,24 @@ from comfy.model_sampling import (
 from torch import Tensor
 
 
-def check_trainable(sampling: torch.nn.Module) -> None:
+class ModelSampling(Protocol):
+    """What is used of a model's `model_sampling`."""
+
+    sigmas: Tensor
+    """The sigma of every timestep, rising."""
+    sigma_min: Tensor
+    sigma_max: Tensor
+
+    def noise_scaling(self, sigma: Tensor, noise: Tensor, latent_image: Tensor) -> Tensor:
+        """What the sampler starts from at that sigma."""
+
+    def calculate_denoised(
+        self, sigma: Tensor, model_output: Tensor, model_input: Tensor
+    ) -> Tensor:
+        """The picture that an output of the network means."""
+
+
+def check_trainable(sampling: ModelSampling) -> None:
     """Raise `ValueError` for a model that is not trained by removing noise."""
     if isinstance(sampling, (IMG_TO_IMG, IMG_TO_IMG_FLOW)):
         raise ValueError(
@@ -26,7 +45,7 @@ def check_trainable(sampling: torch.nn.Module) -> None:
         )
 
 
-def sigma_at(sampling: torch.nn.Module, t: Tensor) -> Tensor:
+def sigma_at(sampling: ModelSampling, t: Tensor) -> Tensor:
     """ComfyUI's sigma (B,) of noise level `t` (B,).
 
     Flow models: sigma = t, never shifted a second time. Models with a table of sigmas: the entry at
@@ -41,12 +60,12 @@ def sigma_at(sampling: torch.nn.Module, t: Tensor) -> Tensor:
     return levels[index]
 
 
-def noised_input(sampling: torch.nn.Module, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+def noised_input(sampling: ModelSampling, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """x_t (B, C, ...) as the sampler would hold it; for flow models (1 - t) latents + t noise."""
     return sampling.noise_scaling(sigma_at(sampling, t), noise, latents)
 
 
-def target(sampling: torch.nn.Module, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+def target(sampling: ModelSampling, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """The network output (B, C, ...) for which the model's denoised prediction is `latents`.
 
     noise - latents for flow models, noise for epsilon, velocity for v-prediction and so on: every

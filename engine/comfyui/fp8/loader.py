@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import comfy.lora
 import comfy.lora_convert
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from ...disk.reading import AGAIN, damage_named, one_line
 from ...files import mapped_tensors
-from ...fp8.checkpoint import Fp8Checkpoint, format_name, recognise, without_prefix
+from ...fp8.model_file import Fp8File, format_name, recognise, without_prefix
 from ...fp8.policy import Fp8Policy
 from ...fp8.report import Fp8Report, LayerReport
 from ...fp8.source import map_tensors
@@ -38,7 +39,7 @@ class Fp8Request:
     """What to load and how."""
 
     path: Path
-    """A .safetensors diffusion model or checkpoint; any one of its shards."""
+    """A .safetensors file that holds a diffusion model; any one of its shards."""
     policy: Fp8Policy = field(default_factory=Fp8Policy)
     lora: Path | None = None
     """Merged before quantising, in float32."""
@@ -86,7 +87,7 @@ def load_fp8_patcher(request: Fp8Request, disable_dynamic: bool = False) -> Mode
     return load_fp8(request, disable_dynamic).patcher
 
 
-def _as_it_is(already: Fp8Checkpoint, request: Fp8Request) -> tuple[dict[str, Tensor], Fp8Report]:
+def _as_it_is(already: Fp8File, request: Fp8Request) -> tuple[dict[str, Tensor], Fp8Report]:
     if request.lora is not None and request.lora_strength != 0.0:
         raise ValueError(
             f"{request.path.name} is FP8 already ({already.origin}); a LoRA can be merged before "
@@ -123,7 +124,7 @@ def _quantized(
     notes = [f"{request.path.name}: {skeleton.architecture}, quantised while reading"]
     merge = None
     if request.lora is not None and request.lora_strength != 0.0:
-        merge, merged = _lora_merge(skeleton, request)
+        merge, merged = _lora_merge(skeleton, request, request.lora)
         notes.append(merged)
     decisions = decide_layers(skeleton, tensors, request.policy)
     stream = quantized_stream(
@@ -147,11 +148,11 @@ def _quantized(
     return ready, Fp8Report(layers=tuple(layers), notes=tuple(notes), other_bytes=other_bytes)
 
 
-def _lora_merge(skeleton: Skeleton, request: Fp8Request) -> tuple[Merge, str]:
+def _lora_merge(skeleton: Skeleton, request: Fp8Request, lora: Path) -> tuple[Merge, str]:
     """(key, tensor) -> merged tensor, and a sentence about what matched."""
     key_map = comfy.lora.model_lora_keys_unet(skeleton.model, {})
-    with damage_named(request.lora), _understood_by_comfyui():
-        file = _lora_tensors(request.lora)
+    with damage_named(lora), _understood_by_comfyui():
+        file = _lora_tensors(lora)
         loaded = comfy.lora.load_lora(comfy.lora_convert.convert_lora(file), key_map)
     patches: dict[str, list] = {}
     for target, patch in loaded.items():
@@ -164,7 +165,7 @@ def _lora_merge(skeleton: Skeleton, request: Fp8Request) -> tuple[Merge, str]:
     }
     if not targets:
         raise ValueError(
-            f"{request.lora.name} has no key for a layer of {request.path.name} "
+            f"{lora.name} has no key for a layer of {request.path.name} "
             f"(architecture {skeleton.architecture}): it was trained for another model"
         )
 
@@ -172,11 +173,11 @@ def _lora_merge(skeleton: Skeleton, request: Fp8Request) -> tuple[Merge, str]:
         if key not in targets:
             return tensor
         whole, dtype = tensor.to(torch.float32, copy=True), torch.float32
-        with damage_named(request.lora), _understood_by_comfyui():
+        with damage_named(lora), _understood_by_comfyui():
             return comfy.lora.calculate_weight(targets[key], whole, key, intermediate_dtype=dtype)
 
     note = (
-        f"{request.lora.name} merged at {request.lora_strength:g} into {len(targets)} tensors "
+        f"{lora.name} merged at {request.lora_strength:g} into {len(targets)} tensors "
         f"before quantising ({len(patches) - len(targets)} of its targets are not in this model)"
     )
     logger.info(note)
@@ -226,10 +227,11 @@ def _use_fine_scales(patcher: ModelPatcher) -> None:
             continue
         if not is_linear(module):
             raise ValueError(f"{name} is not a Linear layer: add it to exclude_patterns")
-        module.weight = nn.Parameter(with_fine_scale(weight), requires_grad=False)
-        module.layout_type = registered_layout()
-        module.quant_format = format_name(weight._qdata.dtype, weight._params.scale)
-        module._full_precision_mm = True
+        linear: Any = module  # of ComfyUI's own class, which has more than torch's
+        linear.weight = nn.Parameter(with_fine_scale(weight), requires_grad=False)
+        linear.layout_type = registered_layout()
+        linear.quant_format = format_name(weight._qdata.dtype, weight._params.scale)
+        linear._full_precision_mm = True
         fine = True
     if fine:
         apply_patches_on_the_fly(patcher)

@@ -33,7 +33,7 @@ class PatchOnTheFly:
 
     def __call__(self, weight: Tensor) -> Tensor:
         """`weight` with the patches added in float32, in its own dtype."""
-        if any(isinstance(f, LowVramPatch) for f in self.module.weight_function):
+        if any(isinstance(f, LowVramPatch) for f in _weight_functions(self.module)):
             return weight  # partially unloaded since: ComfyUI's own patch does it now
         patched = comfy.lora.calculate_weight(
             self.patches, weight.to(torch.float32), self.key, intermediate_dtype=torch.float32

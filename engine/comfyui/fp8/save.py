@@ -9,7 +9,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...files import write_safetensors
-from ...fp8.checkpoint import FP8, MARKER, QUANTIZATION_METADATA, marker_of
+from ...fp8.model_file import FP8, MARKER, QUANTIZATION_METADATA, marker_of
 
 
 def save_fp8(patcher: ModelPatcher, path: Path) -> None:

@@ -10,8 +10,9 @@ import comfy.model_management
 import comfy.sd
 import comfy.utils
 import torch
+from comfy.model_base import BaseModel
 from comfy.supported_models_base import BASE
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...fp8.policy import Decision, Fp8Policy
 from ...network.layers import is_linear
@@ -22,7 +23,7 @@ class Skeleton:
     """The model of a state dict, without weights."""
 
     config: BASE
-    model: nn.Module
+    model: BaseModel
     """On the meta device."""
     module_keys: dict[str, str]
     """Key in the file -> key in `model.diffusion_model`; what ComfyUI rewrites is absent."""

@@ -98,9 +98,10 @@ class StackMeasure:
 
     def _leave(self, args: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
         out = extra["original_block"](args)
-        tokens = self._before.shape[1]
-        self.residual = out["img"][:, -tokens:] - self._before  # single blocks: text comes first
-        self._before = None
+        before, self._before = self._before, None
+        assert before is not None, "the first block runs before the last"
+        tokens = before.shape[1]
+        self.residual = out["img"][:, -tokens:] - before  # single blocks: text comes first
         return out
 
 

@@ -11,9 +11,9 @@ from typing import Any
 from ...checkpoints import SHADOWS_SUFFIX, AdapterStateDict, Checkpoints
 from ...disk.writing import NotWrittenError, replaced_when_whole
 from ...ema.shadows import SIGMA_RELS, Shadows
+from ...network.adapter_file import state_dict_of, weights_of, write_adapter
 from ...network.architectures import Architecture
 from ...network.attach import Network
-from ...network.checkpoint import state_dict_of, weights_of, write_adapter
 from ...network.keys import encoded
 from ...network.metadata import adapter_metadata
 from ...training.loop import TrainingRun, TrainingStep
@@ -86,7 +86,7 @@ class RunFiles:
         """
         for step in steps:
             if self._shadows and self._shadows.is_due(step.step):
-                with self._run.optimization.averaged():
+                with self._run.optimization.in_eval_mode():
                     self._shadows.update(step.step)
             yield step
 
@@ -123,7 +123,7 @@ class RunFiles:
         handed to the graph all the same.
         """
         saver, run = self.saver, self._run
-        with run.optimization.averaged():
+        with run.optimization.in_eval_mode():
             lora = self._build(saver.metadata(run))
         try:
             self.finished = saver.save_final(run, self._warn)
@@ -141,7 +141,7 @@ class RunFiles:
         for folder in self._spare_folders:
             with contextlib.suppress(OSError):
                 path = free_folder(folder, self._job.name) / self.saver.final.name
-                with self._run.optimization.averaged():
+                with self._run.optimization.in_eval_mode():
                     self._write(path, self.saver.metadata(self._run))
                 return path
         return None
@@ -151,7 +151,7 @@ class RunFiles:
         when it cannot be written."""
         if self._shadows is None:
             return None
-        with self._run.optimization.averaged():
+        with self._run.optimization.in_eval_mode():
             self._shadows.catch_up(self._run.step)
         built = self._build({"ss_steps": str(self._run.step)})
         constants = {key: tensor for key, tensor in built.items() if key.endswith(".alpha")}

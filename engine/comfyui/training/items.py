@@ -32,12 +32,13 @@ def pair_items(latents: Sequence[dict[str, Any]], positive: Sequence[list]) -> l
     if shared is not None:
         return [(sample, shared) for sample in singles]
     if len(positive) == len(latents):
-        per_latent = [
+        spread = (
             _spread(conditioning, len(latent["samples"]))
             for conditioning, latent in zip(positive, latents, strict=True)
-        ]
-        if all(per_latent):
-            entries = [entry for entries in per_latent for entry in entries]
+        )
+        fitting = [entries for entries in spread if entries]
+        if len(fitting) == len(latents):
+            entries = [entry for entries in fitting for entry in entries]
             return list(zip(singles, entries, strict=True))
     entries = [[entry] for conditioning in positive for entry in conditioning]
     if len(entries) != len(singles):

@@ -7,7 +7,7 @@ import comfy.model_management
 import psutil
 from comfy.model_patcher import ModelPatcher
 
-from ..differentiable.checkpointing import graphs_alive
+from ..differentiable.gradient_checkpointing import graphs_alive
 
 OPTIMIZER_BYTES_PER_PARAMETER = 4 + 4 + 8  # weight, gradient, two float32 moments
 GIB = 1024**3

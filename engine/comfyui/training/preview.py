@@ -64,12 +64,12 @@ class Previewer:
         run.network.eval()
         try:
             with (
-                run.optimization.averaged(),
+                run.optimization.in_eval_mode(),
                 torch.random.fork_rng([run.device] if run.device.type != "cpu" else []),
                 self._denoiser.paused(),
             ):
                 self.last = self._sample()
-            self._save(run.step)
+            self._save(self.last, run.step)
         except management.InterruptProcessingException:
             raise
         except Exception as error:  # of any sampler, VAE or other pack
@@ -111,9 +111,9 @@ class Previewer:
         model = self._patcher.model
         return _approximate(model.process_latent_in(latents), model.latent_format)
 
-    def _save(self, step: int) -> None:
+    def _save(self, pixels: np.ndarray, step: int) -> None:
         path = self._folder / "preview" / f"step{step:08d}.png"
-        picture = Image.fromarray((self.last * 255).round().astype(np.uint8))
+        picture = Image.fromarray((pixels * 255).round().astype(np.uint8))
         try:
             with replaced_when_whole(path) as file:
                 picture.save(file, format="PNG")

@@ -215,8 +215,9 @@ def _logged(
     try:
         for step in steps:
             logs.record()
-            if previewer and previewer.last is not shown:
-                shown = previewer.last
+            picture = previewer.last if previewer else None
+            if picture is not None and picture is not shown:
+                shown = picture
                 logs.record_image("sample", shown, step.step)
             yield step
     finally:

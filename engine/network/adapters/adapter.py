@@ -57,6 +57,10 @@ class Adapter(nn.Module):
         """The shape of every parameter by its name."""
         raise NotImplementedError
 
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Give the parameters the values that a training starts from; ΔW is then zero."""
+        raise NotImplementedError
+
     @property
     def scale(self) -> float:
         return self.alpha / self.rank

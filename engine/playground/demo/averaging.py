@@ -4,8 +4,8 @@ from ...checkpoints import AdapterStateDict
 from ...ema.average import averaged, plan_average
 from ...ema.figure import draw_weights
 from ...ema.schedule import MusubiPower, Power, Schedule
+from ...network.adapter_file import load_weights, read_adapter
 from ...network.attach import attached
-from ...network.checkpoint import load_weights, read_adapter
 from ...network.layers import layer_shapes
 from ...training.options import Validation
 from ...training.validation import Validator

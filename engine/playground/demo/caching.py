@@ -77,10 +77,9 @@ def _denoise(
     x = torch.randn(len(LETTERS), 16, LATENT_SIZE, LATENT_SIZE, generator=generator)
     context, pooled = embed_letters(LETTERS)
     nothing, no_pooled = embed_letters([""] * len(LETTERS))
-    skipped = set(schedule.skipped) if schedule else set()
     computed: list[tuple[float, Tensor]] = []
     for step, (sigma, following) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
-        if step in skipped:
+        if schedule and step in schedule.skipped:
             velocity = predicted(computed, sigma, schedule.extrapolate)
         else:
             t = torch.full((len(LETTERS),), sigma)

@@ -1,6 +1,7 @@
 """Chapter 4: the model's weights in FP8, five ways, and what that does to its pictures."""
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -55,7 +56,7 @@ def _plainly_cast(model: Flux) -> tuple[Flux, float]:
     return _mapped(model, lambda weight: weight.to(torch.float8_e4m3fn).float())
 
 
-def _mapped(model: Flux, through) -> tuple[Flux, float]:
+def _mapped(model: Flux, through: Callable[[torch.Tensor], torch.Tensor]) -> tuple[Flux, float]:
     copied = copy.deepcopy(model)
     error = power = 0.0
     for name, layer in copied.named_modules():

@@ -6,14 +6,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 
 from ...checkpoints import Checkpoints
+from ...network.adapter_file import state_dict_of, write_adapter
 from ...network.architectures import architecture_of
 from ...network.attach import Network, attached, build_network, parameter_groups
-from ...network.checkpoint import state_dict_of, write_adapter
 from ...network.metadata import adapter_metadata
 from ...network.spec import NetworkSpec
 from ...network.targets import TargetReport, select_targets
@@ -27,6 +28,7 @@ from ...training.loop import TrainingRun
 from ...training.optimizers.optimizer import Optimization, OptimizerSpec
 from ...training.options import Checkpointing
 from ...training.plan import TrainingPlan
+from ...training.states.identity import Identity
 from ...training.states.saving import Saver, free_folder, saved
 from ..denoiser import PlaygroundDenoiser
 from ..glyphs import (
@@ -41,6 +43,8 @@ from ..glyphs import (
 from ..model import Flux
 from ..sampling import sample
 from .report import Picture, Section, tiled
+
+Step = TypeVar("Step")
 
 STYLE = "outlined"
 SEEDS = (11, 12)
@@ -105,7 +109,7 @@ def train(model: Flux, folder: Path) -> Trained:
             adapter_metadata(SPEC, targets.architecture, title=STYLE, created=datetime.now())
             | dict(extra),
         ),
-        identity={},
+        identity=Identity(named={}),
     )
     with attached(model, network):
         for _ in shown(saved(run.steps(), run, saver), PLAN.steps):
@@ -179,7 +183,7 @@ def style_items(count: int, seed: int) -> list[TrainingItem]:
     ]
 
 
-def shown(steps: Iterator, total: int) -> Iterator:
+def shown(steps: Iterator[Step], total: int) -> Iterator[Step]:
     """Pass steps through, showing progress on one terminal line."""
     for done, step in enumerate(steps, start=1):
         if done % 10 == 0 or done == total:

@@ -43,9 +43,9 @@ def import_installed(module: str, pip_name: str) -> ModuleType | None:
         raise ImportError(f"cannot be imported ({said(error)})") from error
 
 
-def installed_distributions(**wanted: str) -> Iterator[Distribution]:
+def installed_distributions(name: str | None = None) -> Iterator[Distribution]:
     """Those in a site-packages folder of sys.path; of one name only with `name`."""
-    for distribution in importlib.metadata.distributions(**wanted):
+    for distribution in importlib.metadata.distributions(name=name):
         if _root(distribution).name in SITE_FOLDERS:
             yield distribution
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -139,7 +139,7 @@ class Optimization:
         }
 
     @contextlib.contextmanager
-    def averaged(self) -> Iterator[None]:
+    def in_eval_mode(self) -> Iterator[None]:
         """Inside, a schedule-free optimizer shows its average, to be saved and sampled with.
 
         Its own way back from there rounds; here every weight comes back as it was, bit for bit.
@@ -147,13 +147,14 @@ class Optimization:
         if not self.spec.is_schedule_free:
             yield
             return
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        optimizer: Any = self.optimizer  # has an eval() and a train(), which torch's own lack
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         trained = [parameter.detach().clone() for parameter in parameters]
-        self.optimizer.eval()
+        optimizer.eval()
         try:
             yield
         finally:
-            self.optimizer.train()
+            optimizer.train()
             with torch.no_grad():
                 for parameter, value in zip(parameters, trained, strict=True):
                     parameter.copy_(value)
@@ -192,7 +193,7 @@ def _restore_dtypes(
 
 
 def _construct(spec: OptimizerSpec, groups: Sequence[Mapping[str, Any]]) -> torch.optim.Optimizer:
-    found = spec.optimizer_class or find_optimizer_class(spec.optimizer_type)
+    found: Callable[..., Any] = spec.optimizer_class or find_optimizer_class(spec.optimizer_type)
     parameters = inspect.signature(found).parameters
     if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         refuse_unknown("optimizer_args", spec.optimizer_args, parameters.keys() - SET_ELSEWHERE)

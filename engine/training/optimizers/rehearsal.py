@@ -2,7 +2,7 @@
 
 import logging
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -87,7 +87,13 @@ class _Bounded(TorchFunctionMode):
         super().__init__()
         self._calls = 0
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         self._calls += 1
         if self._calls > MOST_CALLS:
             raise ValueError(f"{STEPS} steps on a tiny LoRA take over {MOST_CALLS} operations")

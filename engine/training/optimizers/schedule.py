@@ -119,7 +119,8 @@ def _transformers_schedule(name: str) -> Callable[..., LambdaLR]:
             f"lr_scheduler {name} comes from the package transformers, which is not installed "
             "here: pip install transformers"
         ) from error
-    return {kind.value: function for kind, function in TYPE_TO_SCHEDULER_FUNCTION.items()}[name]
+    schedules: dict[str, Any] = {kind.value: f for kind, f in TYPE_TO_SCHEDULER_FUNCTION.items()}
+    return schedules[name]
 
 
 def _completed(

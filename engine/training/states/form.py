@@ -4,8 +4,8 @@ A checksum says that a file is as it was written, and not that it was Braid who 
 function raises a ValueError that names the part.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeGuard
 
 from torch import Tensor
 
@@ -83,7 +83,7 @@ def schedule_like(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[st
     return completed
 
 
-def _is_sequence(value: Any) -> bool:
+def _is_sequence(value: Any) -> TypeGuard[Sequence[Any]]:
     return isinstance(value, list | tuple)
 
 

@@ -65,7 +65,8 @@ def _apart(theirs: str, ours: str) -> tuple[str, str]:
         return theirs, ours
     same = len(os.path.commonprefix([theirs, ours]))
     start = max(same - SHOWN // 2, 0)
-    return tuple(f"…{text[start : start + 2 * SHOWN]}…" for text in (theirs, ours))
+    part = slice(start, start + 2 * SHOWN)
+    return f"…{theirs[part]}…", f"…{ours[part]}…"
 
 
 def _is_finished(state_file: Path, step: int, with_shadows: bool) -> bool:

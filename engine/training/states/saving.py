@@ -127,7 +127,7 @@ class Saver:
 
     def _write_adapter_file(self, path: Path, run: TrainingRun) -> None:
         metadata = self.metadata(run)
-        with run.optimization.averaged():
+        with run.optimization.in_eval_mode():
             self._write_adapter(path, metadata)
 
     def _validation_metadata(self, run: TrainingRun) -> dict[str, str]:

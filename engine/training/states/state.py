@@ -61,7 +61,7 @@ def _checksum(skeleton: str, tensors: Mapping[str, Tensor]) -> str:
     checksum = zlib.crc32(skeleton.encode())
     for key in sorted(tensors):
         flat = tensors[key].reshape(-1).view(torch.uint8)
-        checksum = zlib.crc32(flat.numpy(), zlib.crc32(key.encode(), checksum))
+        checksum = zlib.crc32(flat.numpy().data, zlib.crc32(key.encode(), checksum))
     return f"{checksum:08x}"
 
 

@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from tiny_models import MODELS, build
 from torch import nn
 
-from comfyui_braid.engine.comfyui.differentiable.checkpointing import (
-    checkpointed,
+from comfyui_braid.engine.comfyui.differentiable.frozen import frozen
+from comfyui_braid.engine.comfyui.differentiable.gradient_checkpointing import (
     find_blocks,
     graphs_alive,
+    recomputing,
 )
-from comfyui_braid.engine.comfyui.differentiable.frozen import frozen
 from comfyui_braid.engine.comfyui.differentiable.inplace import differentiates
 
 BLOCKS = {
@@ -32,8 +32,8 @@ def test_every_repeated_block_of_an_architecture_is_found(name):
     found = find_blocks(model)
     outermost = [b for b in found if not any(b in set(o.modules()) for o in found if o is not b)]
     assert len(outermost) == BLOCKS[name]
-    assert graphs_alive(model, checkpointing=False) == 3 + BLOCKS[name] / 2
-    assert graphs_alive(model, checkpointing=True) == 3
+    assert graphs_alive(model, gradient_checkpointing=False) == 3 + BLOCKS[name] / 2
+    assert graphs_alive(model, gradient_checkpointing=True) == 3
 
 
 def test_the_transformers_and_residual_blocks_of_a_unet_are_found():
@@ -93,7 +93,7 @@ def run(model, checkpointing):
     shift = torch.linspace(-1, 1, 4, dtype=torch.float64).requires_grad_()
     x = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     if checkpointing:
-        with checkpointed(model) as count:
+        with recomputing(model) as count:
             assert count == 3
             model(x, shift).square().sum().backward()
     else:
@@ -133,7 +133,7 @@ class SavesWhatItChanges(nn.Module):
 def test_a_block_that_changes_what_it_saved_is_guarded_after_one_trial():
     model = Model(SavesWhatItChanges).double()
     expected = run(model, False)
-    with checkpointed(model):
+    with recomputing(model):
         states = [block.forward for block in model.blocks]
         for _ in range(2):
             for parameter in model.parameters():
@@ -186,7 +186,7 @@ def test_a_change_of_a_saved_input_from_outside_raises_instead_of_going_wrong():
             return out.x + out.y
 
     model = Careless().double()
-    with checkpointed(model):
+    with recomputing(model):
         x, shift = torch.ones(3, 4, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
         loss = model(x, shift.requires_grad_()).sum()
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -195,7 +195,7 @@ def test_a_change_of_a_saved_input_from_outside_raises_instead_of_going_wrong():
 
 def test_without_gradients_a_block_runs_once_and_plainly():
     model = Model().double()
-    with checkpointed(model), torch.no_grad():
+    with recomputing(model), torch.no_grad():
         model(torch.ones(3, 4, dtype=torch.float64), torch.ones(4, dtype=torch.float64))
     assert [len(block.seen) for block in model.blocks] == [1, 1, 1]
 
@@ -205,7 +205,7 @@ def test_leaving_restores_a_forward_that_another_pack_had_put_there():
     block = model.blocks[0]
     own = block.forward
     block.forward = theirs = lambda *args, **kwargs: own(*args, **kwargs)
-    with checkpointed(model), frozen(model):
+    with recomputing(model), frozen(model):
         assert block.forward is not theirs
     assert block.forward is theirs
     assert "forward" not in vars(model.blocks[1])

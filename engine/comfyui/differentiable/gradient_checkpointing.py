@@ -1,6 +1,6 @@
 """Exact gradient checkpointing over blocks that change their inputs in place.
 
-A checkpointed block keeps only its inputs and is run a second time in backward. ComfyUI's blocks
+A recomputing block keeps only its inputs and is run a second time in backward. ComfyUI's blocks
 add to their residual stream in place and return it, which torch's own checkpointing answers with
 wrong gradients, in silence. Here the block always works on clones, in forward and again in
 backward, so that what was saved stays what it was, and autograd still checks that nobody else has
@@ -27,14 +27,14 @@ Rebuild = Callable[[Sequence[Tensor]], Any]
 
 
 @contextmanager
-def checkpointed(model: nn.Module) -> Iterator[int]:
-    """Checkpoint every block of `model` while entered; yields how many blocks were found."""
+def recomputing(model: nn.Module) -> Iterator[int]:
+    """Let every block of `model` recompute while entered; yields how many blocks were found."""
     blocks = find_blocks(model)
     running = _Running()
     with ExitStack() as undo:
         for block in blocks:
-            checkpointing = _Block(block, block.forward, running)
-            undo.enter_context(forward_replaced(block, checkpointing))
+            forward = _Block(block, block.forward, running)
+            undo.enter_context(forward_replaced(block, forward))
         yield len(blocks)
 
 
@@ -42,7 +42,7 @@ def find_blocks(model: nn.Module) -> list[nn.Module]:
     """The repeated parts of `model`: what stands in its module lists and has parts of its own.
 
     Where a list holds sequences, which their model may call part by part (UNets do), the parts of a
-    sequence count too; a block inside a running block is never checkpointed a second time.
+    sequence count too; a block inside a running block recomputes with it.
     """
     found: dict[nn.Module, None] = {}
     for module in model.modules():
@@ -61,26 +61,26 @@ def outermost(blocks: list[nn.Module]) -> list[nn.Module]:
     return [block for block in blocks if block not in inner]
 
 
-def graphs_alive(model: nn.Module, checkpointing: bool) -> float:
+def graphs_alive(model: nn.Module, gradient_checkpointing: bool) -> float:
     """Memory of a training step's activations over the host's estimate for one forward pass.
 
     Counted, not measured: the host reserves about 1 GB for FLUX at 1024 x 1024 in bfloat16; one of
-    its 57 blocks saves about 20 tensors of tokens x width, half a gigabyte, and a checkpointed one
-    keeps its two inputs.
+    its 57 blocks saves about 20 tensors of tokens x width, half a gigabyte, and a recomputing
+    one keeps its two inputs.
     """
-    return 3 if checkpointing else 3 + len(outermost(find_blocks(model))) / 2
+    return 3 if gradient_checkpointing else 3 + len(outermost(find_blocks(model))) / 2
 
 
 @dataclass(slots=True)
 class _Running:
-    """Whether a checkpointed block is being run, so that those inside it run plainly."""
+    """Whether a recomputing block is being run, so that those inside it run plainly."""
 
     inside: bool = False
 
 
 @dataclass(slots=True)
 class _Block:
-    """The checkpointing forward of one block."""
+    """The forward of one block that recomputes."""
 
     module: nn.Module
     forward: Callable[..., Any]
@@ -98,7 +98,7 @@ class _Block:
         if not any(tensor.requires_grad for tensor in tensors) and not self._has_hooks():
             return self.forward(*args, **kwargs)  # before the first adapter: nothing to track
         call = _Call(self, rebuild)
-        outputs = _Checkpoint.apply(torch.empty(0, requires_grad=True), call, *tensors)
+        outputs = _Recomputed.apply(torch.empty(0, requires_grad=True), call, *tensors)
         return call.rebuild_outputs(outputs)
 
     def _has_hooks(self) -> bool:
@@ -117,7 +117,8 @@ class _Call:
     def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The block's outputs for its inputs `tensors`, which may be changed in place."""
         args, kwargs = self.rebuild_inputs(tensors)
-        running, results = self.block.running, []
+        running = self.block.running
+        results: list[Tensor] = []
         before, running.inside = running.inside, True
         try:
             self.rebuild_outputs = _flatten(self.block.forward(*args, **kwargs), results)
@@ -126,7 +127,7 @@ class _Call:
         return results
 
 
-class _Checkpoint(torch.autograd.Function):
+class _Recomputed(torch.autograd.Function):
     """A call without its graph. The first input only makes the outputs require a gradient."""
 
     @staticmethod
@@ -174,7 +175,7 @@ def _accumulate(outputs: Sequence[Tensor], grads: Sequence[Tensor | None]) -> No
         if grad is not None and output.requires_grad
     ]
     if pairs:
-        torch.autograd.backward(*zip(*pairs, strict=True))
+        torch.autograd.backward([output for output, _ in pairs], [grad for _, grad in pairs])
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ QUANTIZATION_METADATA = "_quantization_metadata"
 LEGACY_MARKER = "scaled_fp8"
 FULL_PRECISION = "full_precision_matrix_mult"
 """Of a layer: dequantise it before it is multiplied, whatever the card can do."""
-Marker = Mapping[str, object]
+Marker = Mapping[str, Any]
 """What a file says of one layer: `format`, and settings of it."""
 MARKER = ".comfy_quant"
 """How the name of a layer's marker tensor ends."""
@@ -34,7 +34,7 @@ PLAIN_NOTE = "a plain FP8 cast without scales: loaded as it is, it cannot be mad
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Fp8Checkpoint:
+class Fp8File:
     """A file that was FP8 already, in the one form."""
 
     origin: str
@@ -63,7 +63,7 @@ def comfy_quant(format: str, **settings: object) -> Tensor:
     return torch.tensor(list(json.dumps(marker).encode()), dtype=torch.uint8)
 
 
-def recognise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Fp8Checkpoint | None:
+def recognise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Fp8File | None:
     """The file in the one form; None when it is not quantised; ValueError when it is unreadable."""
     markers = _markers(tensors, metadata)
     codes = {
@@ -77,7 +77,7 @@ def recognise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Fp8
     if not codes and not markers:
         return None
     if not scales:
-        return Fp8Checkpoint(origin=PLAIN_NOTE, tensors=dict(tensors), scaled=())
+        return Fp8File(origin=PLAIN_NOTE, tensors=dict(tensors), scaled=())
     if without := sorted(set(codes) - set(scales)):
         raise ValueError(
             f"{len(without)} FP8 layers have no scale ({without[0]}, …) while {len(scales)} have "
@@ -85,7 +85,7 @@ def recognise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Fp8
         )
     for layer, scale in scales.items():
         _check_shape(layer, codes[layer], scale)
-    return Fp8Checkpoint(
+    return Fp8File(
         origin=_origin(tensors, markers, scales),
         tensors=_one_form(tensors, codes, scales, markers),
         scaled=tuple(scales),
@@ -141,10 +141,10 @@ def _header_of(metadata: Mapping[str, str]) -> dict[str, Any]:
     return header
 
 
-def _foreign(tensors: Mapping[str, Tensor], formats: set[str]) -> Fp8Checkpoint:
+def _foreign(tensors: Mapping[str, Tensor], formats: set[str]) -> Fp8File:
     if unknown := sorted(f for f in formats if f.startswith(BRAID)):
         raise ValueError(f"written by a newer Braid ({', '.join(unknown[:5])}): update Braid")
-    return Fp8Checkpoint(
+    return Fp8File(
         origin=f"already quantised ({', '.join(sorted(formats)[:5])}): left to ComfyUI as it is",
         tensors=dict(tensors),
         scaled=(),
@@ -159,7 +159,7 @@ def _scale_of(tensors: Mapping[str, Tensor], layer: str) -> Tensor | None:
 
 
 def without_prefix(source: TensorSource, prefix: str) -> TensorSource:
-    """What a full checkpoint holds under `prefix`, by its own names; all where it holds nothing."""
+    """What a whole model holds under `prefix`, by its own names; all where it holds nothing."""
     tensors = {
         key.removeprefix(prefix): tensor
         for key, tensor in source.tensors.items()

@@ -14,8 +14,9 @@ from ..disk.writing import NotWrittenError
 from ..files import mapped_tensors, write_safetensors
 from .architectures import Architecture
 from .attach import Network
-from .keys import AdapterWeights, KeyFormat, decoded, encoded
+from .keys import KeyFormat, decoded, encoded
 from .layers import LayerShape
+from .weights import AdapterWeights
 
 SAVE_PRECISIONS: dict[str, torch.dtype | None] = {
     "keep": None,
@@ -72,7 +73,7 @@ def load_weights(network: Network, weights: Mapping[str, AdapterWeights]) -> Non
         layer = weights.get(name)
         own = {key: parameter.shape for key, parameter in adapter.named_parameters()}
         given = {} if layer is None else {key: t.shape for key, t in layer.tensors.items()}
-        if own != given:
+        if layer is None or own != given:
             raise ValueError(
                 f"the weights do not fit the network: {name} needs {_shapes(own)}, "
                 f"the file has {_shapes(given) or 'nothing'}"

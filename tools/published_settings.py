@@ -1,13 +1,11 @@
-"""The settings that the lists in engine/magcache/ratios were published with, in MagCache's help.
-
-cd tests && python -m host.published      writes them into the page of every language
-"""
+"""Writes the settings that the lists in engine/magcache/ratios were published with into MagCache's
+help, in every language; the second half of `make help-tables`."""
 
 import json
 import re
 from pathlib import Path
 
-from .find import PACK
+from host.find import PACK
 
 DOCS = PACK / "web" / "docs"
 PAGES = (DOCS / "BraidMagCache.md", *sorted((DOCS / "BraidMagCache").glob("*.md")))
