@@ -10,6 +10,7 @@ from torch import Tensor
 from .disk.folders import Search
 from .files import SafetensorsHeader, read_header
 from .refusals import quoted, shortened
+from .texts import Text
 
 SHADOWS_SUFFIX = "-shadows.safetensors"
 """How the file with the EMA shadows of a run ends: `<run>-shadows.safetensors`."""
@@ -82,8 +83,11 @@ def find_checkpoints(
     search = search or Search()
     search.check(folder)
     if not folder.is_dir():
-        where = shortened(str(folder), 300)
-        raise ValueError(f"{where}: no such folder; choose the one the run saved its files in")
+        sentence = Text(
+            "{folder}: no such folder; choose the one the run saved its files in",
+            folder=shortened(str(folder), 300),
+        )
+        raise ValueError(sentence)
     matching = sorted(search.files(folder, pattern))
     headers = {}
     for path in matching:
@@ -96,11 +100,14 @@ def find_checkpoints(
         if not _is_merged(header)
     ]
     if not files:
-        raise ValueError(
-            f"{shortened(str(folder), 300)}: no checkpoint matches {quoted(pattern)} "
-            f"({len(matching)} files looked at); "
-            "choose another folder or pattern"
+        sentence = Text(
+            "{folder}: no checkpoint matches {pattern} ({count} files looked at); choose another "
+            "folder or pattern",
+            folder=shortened(str(folder), 300),
+            pattern=quoted(pattern),
+            count=len(matching),
         )
+        raise ValueError(sentence)
     if all(file.step is not None for file in files):
         files.sort(key=lambda file: file.step or 0)
     return Checkpoints(files=tuple(files), shadows=_shadows_beside(folder, files, search))

@@ -2,7 +2,8 @@
 
 POST /braid/live/<noun> with a node as the browser sees it answers the numbers that
 `web/<noun>/chart.js` draws, or {"error": sentence} where the node itself would raise it, or
-{"message": sentence} where only a run can know. The header Braid-Panel says who asks.
+{"message": sentence} where only a run can know. What the page shows in the user's language goes as
+{"text": English with {places}, "values": what stands there}. The header Braid-Panel says who asks.
 
 Anyone who reaches the server may ask anything. Each answer takes a fraction of a second whatever
 the numbers are: that is the charts' own duty. Here questions are bounded in size, computed two at a
@@ -21,6 +22,7 @@ from typing import Any
 
 from aiohttp import web
 
+from ..engine.texts import Text, told
 from .live_node import DecidedByTheRunError, Kinds, LiveNode, parse_json, parse_live_node
 
 logger = logging.getLogger("comfyui_braid.live")
@@ -32,8 +34,8 @@ SLOWEST_SECONDS = 10.0
 """For a question to arrive."""
 LOOK_EVERY_SECONDS = 0.1
 LONGEST_SENTENCE = 1000
-BUSY = "The server answers many charts now; asking again soon."
-OVERTAKEN = "A newer question of this chart is being answered."
+BUSY = Text("The server answers many charts now; asking again soon.")
+OVERTAKEN = Text("A newer question of this chart is being answered.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,7 +154,7 @@ def _refusal(status: int, sentence: str) -> web.Response:
 
 
 def _reply(status: int, answer: Mapping[str, Any]) -> web.Response:
-    return web.json_response(answer, status=status)
+    return web.json_response(told(answer), status=status)
 
 
 def answer_to(chart: Chart, noun: str, kinds: Kinds, body: bytes) -> tuple[int, str]:
@@ -164,7 +166,7 @@ def answer_to(chart: Chart, noun: str, kinds: Kinds, body: bytes) -> tuple[int, 
     except ValueError as refusal:
         return 400, json.dumps({"error": _short(refusal)})
     try:
-        return 200, json.dumps(computed(chart, node), allow_nan=False)
+        return 200, json.dumps(told(computed(chart, node)), allow_nan=False)
     except ValueError:
         return 200, json.dumps({"error": "a number of this chart is not finite"})
 
@@ -174,12 +176,18 @@ def computed(chart: Chart, node: LiveNode) -> dict[str, Any]:
     try:
         return chart.compute(node)
     except DecidedByTheRunError as message:
-        return {"message": _short(message)}
+        return {"message": _sentence(message)}
     except (ValueError, OSError) as error:
-        return {"error": _short(error)}
+        return {"error": _sentence(error)}
     except Exception as error:  # a damaged file, a full disk: the panel says so, not a lost reply
         logger.warning("live chart of %s", node.node_id, exc_info=True)
         return {"error": f"{type(error).__name__}: {_short(error)} (the server's log says where)"}
+
+
+def _sentence(error: Exception) -> str:
+    """What an error says, as the Text that it was raised with where it was."""
+    text = error.args[0] if error.args else None
+    return text if isinstance(text, Text) and len(text) <= LONGEST_SENTENCE else _short(error)
 
 
 def _short(error: Exception) -> str:

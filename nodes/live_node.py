@@ -15,6 +15,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..engine.texts import Text
+
 MOST_NODES = 256
 DEEPEST = 32
 """Nodes behind one another; web/live/graph.js describes 18."""
@@ -32,7 +34,7 @@ Kinds = Mapping[str, type[io.ComfyNode]]
 
 
 class DecidedByTheRunError(ValueError):
-    """A chart needs what only a run can know, or may look at."""
+    """A chart needs what only a run can know, or may look at; says so in a Text."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,7 +117,7 @@ def _given(inputs: Any, widgets: Mapping[str, Any], prefix: str = "") -> Iterato
 
 def _decided_by_the_run(name: str) -> DecidedByTheRunError:
     return DecidedByTheRunError(
-        f"{name} comes from a linked node: run the graph to see its effect here."
+        Text("{name} comes from a linked node: run the graph to see its effect here.", name=name)
     )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import folder_paths
 
 from ..engine.names import check_local_path, check_typed_path, is_device_path
+from ..engine.texts import Text
 from .live_node import DecidedByTheRunError
 from .outputs import loras_folder, output_folder
 
@@ -75,7 +76,7 @@ class OwnFolders:
         """DecidedByTheRunError for a path that leads elsewhere."""
         if not self.hold(path):
             raise DecidedByTheRunError(
-                "The files lie outside ComfyUI's folders: run the graph to see them here."
+                Text("The files lie outside ComfyUI's folders: run the graph to see them here.")
             )
 
 

@@ -25,8 +25,12 @@ from .playground import (
 
 
 def train_a_lora(graph: Graph) -> None:
-    """01: model and data -> targets -> train -> apply -> the same letter before and after."""
-    graph.column("1 · Model and pictures", BLUE, 400)
+    """01: model and data -> targets -> train -> the same letter before and after.
+
+    A template opens fitted into the window, and the canvas writes no text below 57 %: this one is
+    kept so small that it opens readable.
+    """
+    graph.column("1 · Model and pictures", BLUE, 380)
     graph.note(
         "## Train a LoRA, and see what it learned\n"
         "A small FLUX that draws letters comes with Braid, and so do the pictures: nothing is "
@@ -41,12 +45,12 @@ def train_a_lora(graph: Graph) -> None:
     model, data = playground_data(graph, "outlined", 40)
     graph.column("2 · What is trained", PURPLE, 380)
     network = graph.add("BraidNetwork", network_dim=16, network_alpha=16, loraplus_lr_ratio=4)
-    previewed_targets(graph, model["model"], network)
-    graph.column("3 · Train", GREEN, 440)
     timesteps = graph.add("BraidTimestepSampling", timestep_sampling="sigmoid")
+    graph.column("3 · Train", GREEN, 400)
+    previewed_targets(graph, model["model"], network, 180)
     trained = playground_training(
         graph,
-        820,
+        800,
         (model, data, network),
         timesteps=timesteps["timesteps"],
         steps=300,
@@ -54,63 +58,56 @@ def train_a_lora(graph: Graph) -> None:
         seed=42,
         output_name="outlined",
     )
-    graph.column("4 · Apply", BROWN, 320)
-    adapted = graph.add("LoraModelLoader", model=model["model"], lora=trained["lora"])
+    graph.column("4 · Before", BLUE, 320)
     prompts = playground_prompts(graph, "R")
+    sampled(graph, "Without the LoRA", model["model"], prompts)
+    graph.column("5 · After", GREEN, 320)
+    adapted = graph.add("LoraModelLoader", model=model["model"], lora=trained["lora"])
+    sampled(graph, "With the LoRA", adapted["model"], prompts)
     graph.add(
         "BraidSaveLora",
         lora=trained["lora"],
         filename_prefix="loras/outlined_kohya",
         key_format="kohya",
     )
-    graph.add("LossGraphNode", 280, loss=trained["loss_map"], filename_prefix="loss_graph")
-    graph.column("5 · Before", BLUE, 340)
-    sampled(graph, "Without the LoRA", model["model"], prompts)
-    graph.column("6 · After", GREEN, 340)
-    sampled(graph, "With the LoRA", adapted["model"], prompts)
 
 
 def choose_timesteps(graph: Graph) -> None:
     """02: what the noise-level settings mean, and what a run really drew."""
-    graph.column("1 · Read me", BROWN, 380)
+    graph.column("1 · Model and pictures", BLUE, 400)
     graph.note(
         "## Which noise levels does a run train on?\n"
         "t = 1 is pure noise (composition, style), t = 0 the clean picture (detail). Change any "
-        "value of a *Timestep Sampling* node: the charts follow at once, without running the "
+        "value of a *Timestep Sampling* node: its chart follows at once, without running the "
         "graph. The chart draws through the trainer's own code, so it cannot lie.\n\n"
-        "Press **Run** to train the playground for a moment: the last preview then shows what "
+        "Press **Run** to train the playground for a moment: the last chart then shows what "
         "that run really drew, and its loss per noise level.",
         260,
     )
-    for title, settings in (
-        ("FLUX at 1024 x 1024", {"timestep_sampling": "flux_shift"}),
-        (
-            "Style-friendly: log-SNR around -6",
-            {
-                "timestep_sampling": "logsnr",
-                "timestep_sampling__logit_mean": -6.0,
-                "timestep_sampling__logit_std": 2.0,
-            },
-        ),
-        (
-            "Qinglong mixture in a range, ten buckets",
-            {
-                "timestep_sampling": "qinglong_flux",
-                "timestep_sampling__logit_mean": -6.0,
-                "timestep_sampling__logit_std": 2.0,
-                "min_timestep": 100,
-                "max_timestep": 900,
-                "preserve_distribution_shape": True,
-                "num_timestep_buckets": 10,
-            },
-        ),
-    ):
-        graph.column(title, PURPLE, 420)
-        timesteps = graph.add("BraidTimestepSampling", **settings)
-        graph.add("BraidTimestepPreview", timesteps=timesteps["timesteps"])
-    graph.column("2 · A short run", GREEN, 420)
     model, data = playground_data(graph, "slanted", 20)
+    graph.column("2 · Two that people use", PURPLE, 420)
+    graph.add("BraidTimestepSampling", title="FLUX at 1024 x 1024", timestep_sampling="flux_shift")
+    graph.add(
+        "BraidTimestepSampling",
+        title="Style-friendly: log-SNR around -6",
+        timestep_sampling="logsnr",
+        timestep_sampling__logit_mean=-6.0,
+        timestep_sampling__logit_std=2.0,
+    )
+    graph.column("3 · The one of the run", PURPLE, 420)
+    timesteps = graph.add(
+        "BraidTimestepSampling",
+        title="Qinglong mixture in a range, ten buckets",
+        timestep_sampling="qinglong_flux",
+        timestep_sampling__logit_mean=-6.0,
+        timestep_sampling__logit_std=2.0,
+        min_timestep=100,
+        max_timestep=900,
+        preserve_distribution_shape=True,
+        num_timestep_buckets=10,
+    )
     network = graph.add("BraidNetwork", network_dim=4, network_alpha=4)
+    graph.column("4 · A short run", GREEN, 420)
     trained = playground_training(
         graph,
         780,
@@ -120,7 +117,7 @@ def choose_timesteps(graph: Graph) -> None:
         learning_rate=0.001,
         output_name="slanted",
     )
-    graph.column("3 · Planned and drawn", BLUE, 480)
+    graph.column("5 · Planned and drawn", BLUE, 480)
     preview = graph.add(
         "BraidTimestepPreview",
         title="Planned, and what the run drew",
@@ -215,8 +212,8 @@ def post_hoc_ema(graph: Graph) -> None:
         "drag it. *EMA from Shadows* rebuilds any width from the shadows, with no checkpoints "
         "at all. *EMA Sweep* makes several widths at once: one row of pictures for each, from the "
         "same noise.\n\n"
-        "To average a run that is already finished, switch *Load Checkpoints* on (Ctrl+B), choose "
-        "its folder and link it in the place of *Train LoRA*.",
+        "To average a run that is already finished, switch *Load Training Checkpoints* on "
+        "(Ctrl+B), choose its folder and link it in the place of *Train LoRA*.",
         270,
     )
     model, data = playground_data(graph, "outlined", 40)
@@ -234,7 +231,7 @@ def post_hoc_ema(graph: Graph) -> None:
     )
     graph.column("3 · Average", PURPLE, 460)
     graph.add(
-        "BraidLoadCheckpoints", title="Load Checkpoints of an earlier run", folder="ema"
+        "BraidLoadCheckpoints", title="Load Training Checkpoints of an earlier run", folder="ema"
     ).bypass()
     average = graph.add(
         "BraidPostHocEma",

@@ -13,6 +13,9 @@ from host.workflows import BYPASSED, DYNAMIC_COMBO, declared, default, is_widget
 
 AUTOGROW = "COMFY_AUTOGROW_V3"
 TITLE_HEIGHT, GAP = 30, 20
+ROW_GAP = 160
+"""From the last node of a row of groups to the first of the next."""
+MOST_COLUMNS = 5
 BLUE, GREEN, PURPLE, BROWN = "#3f5f8a", "#4a7a4a", "#6a4a8a", "#8a6a3a"
 """Of groups."""
 NOTE = {"color": "#432", "bgcolor": "#3a2f1e"}
@@ -73,17 +76,16 @@ class Graph:
         node |= NOTE
 
     def lay_out(self, measured: dict[int, tuple[float, float]]) -> None:
-        """Stack the nodes of each column; `measured` is the (width, height) of each node by id."""
-        x = 0.0
-        for column in self.columns:
-            y, width = 0.0, float(column.width)
-            for node in column.nodes:
-                width = max(width, measured[node["id"]][0])
-            for node in column.nodes:
-                height = max(node["size"][1], measured[node["id"]][1])
-                node["pos"], node["size"] = [x, y], [width, height]
-                y += height + TITLE_HEIGHT + GAP
-            x += width + 3 * GAP
+        """Stack the nodes of each column, in rows of at most MOST_COLUMNS columns of much the same
+        number; `measured` is the (width, height) of each node by id."""
+        for node in self.nodes:
+            given, (width, height) = node["size"], measured[node["id"]]
+            node["size"] = [max(given[0], width), max(given[1], height)]
+        rows = -(-len(self.columns) // MOST_COLUMNS)
+        in_a_row = -(-len(self.columns) // rows)
+        top = 0.0
+        for start in range(0, len(self.columns), in_a_row):
+            top = _lay_out_row(self.columns[start : start + in_a_row], top) + ROW_GAP
 
     def to_json(self) -> dict:
         return {
@@ -177,16 +179,29 @@ def _bold(text: str) -> str:
     return re.sub("`([^`]+)`", lambda code: f"**{escape(code[1])}**", text)
 
 
+def _lay_out_row(columns: list[Column], top: float) -> float:
+    """Columns beside one another, the nodes of each stacked from `top` on; where the last ends."""
+    x, bottom = 0.0, top
+    for column in columns:
+        y, width = top, max(node["size"][0] for node in column.nodes)
+        for node in column.nodes:
+            node["pos"], node["size"][0] = [x, y], width
+            y += node["size"][1] + TITLE_HEIGHT + GAP
+        x += width + 3 * GAP
+        bottom = max(bottom, y - TITLE_HEIGHT - GAP)
+    return bottom
+
+
 def _group(number: int, column: Column) -> dict:
     """The coloured frame around a laid-out column."""
-    left = min(node["pos"][0] for node in column.nodes)
-    width = max(node["size"][0] for node in column.nodes)
-    bottom = max(node["pos"][1] + node["size"][1] for node in column.nodes)
-    top = -TITLE_HEIGHT - 3 * GAP
+    first, last = column.nodes[0], column.nodes[-1]
+    left, top = first["pos"]
+    height = last["pos"][1] + last["size"][1] - top
+    above = TITLE_HEIGHT + 3 * GAP
     return {
         "id": number,
         "title": column.title,
-        "bounding": [left - GAP, top, width + 2 * GAP, bottom - top + GAP],
+        "bounding": [left - GAP, top - above, first["size"][0] + 2 * GAP, height + above + GAP],
         "color": column.color,
         "font_size": 24,
         "flags": {},

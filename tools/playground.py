@@ -11,10 +11,12 @@ def playground_data(graph: Graph, style: str, count: int) -> tuple[Node, Node]:
     return model, data
 
 
-def previewed_targets(graph: Graph, model: tuple[Node, str], network: Node) -> None:
+def previewed_targets(
+    graph: Graph, model: tuple[Node, str], network: Node, height: int = 300
+) -> None:
     """Which layers `network` adapts, as a text to read."""
     targets = graph.add("BraidPreviewTargets", model=model, network=network["network"])
-    graph.add("PreviewAny", 300, title="Which layers are trained", source=targets["report"])
+    graph.add("PreviewAny", height, title="Which layers are trained", source=targets["report"])
 
 
 def playground_training(graph: Graph, height: int, parts: tuple[Node, Node, Node], **given) -> Node:

@@ -5,6 +5,8 @@
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import * as ema from "./ema/chart.js";
+import { renewLists } from "./files/lists.js";
+import { speak, words } from "./language/texts.js";
 import { translateFields } from "./language/tooltips.js";
 import { describeNode, everyNode } from "./live/graph.js";
 import { LivePanel } from "./live/panel.js";
@@ -45,9 +47,10 @@ async function ask(noun, panel, body, signal) {
       signal,
     });
     if (response.headers.get("Content-Type")?.includes("json")) return await response.json();
-    return { message: `The ComfyUI server answers ${response.status} to this chart; asking again soon.`, again: true };
+    const { status } = response;
+    return { message: words("The ComfyUI server answers {status} to this chart; asking again soon.", { status }), again: true };
   } catch {
-    return { message: "Waiting for the ComfyUI server…", again: true };
+    return { message: words("Waiting for the ComfyUI server…"), again: true };
   }
 }
 
@@ -134,6 +137,18 @@ api.addEventListener("promptQueued", () => {
   for (const node of everyNode(app.rootGraph ?? app.graph)) panels.get(node)?.queued();
 });
 
+/** What the server says of a node now: its lists name the files that are there. */
+async function definitionOf(type) {
+  const response = await api.fetchApi(`/object_info/${type}`);
+  return (await response.json())[type];
+}
+
+for (const ended of ["execution_success", "execution_interrupted", "execution_error"]) {
+  api.addEventListener(ended, () => {
+    renewLists(everyNode(app.rootGraph ?? app.graph), definitionOf).catch(() => {}); // the next run, or R, does it
+  });
+}
+
 app.registerExtension({
   name: "Braid.LiveCharts",
   nodeCreated(node) {
@@ -143,15 +158,16 @@ app.registerExtension({
   },
 });
 
-/** Our texts in the user's language; English ones come with the nodes. @type {Record<string, any>} */
+/** The nodes' texts in the user's language; English ones come with the nodes. @type {Record<string, any>} */
 let texts = {};
 
 app.registerExtension({
-  name: "Braid.Tooltips",
+  name: "Braid.Language",
   async init() {
     const language = app.ui.settings.getSettingValue("Comfy.Locale");
     const translations = await api.getCustomNodesI18n().catch(() => ({}));
     texts = translations[language]?.nodeDefs ?? {};
+    speak(translations[language]?.braid);
   },
   nodeCreated(node) {
     if (node.comfyClass in texts) translateFields(node, texts[node.comfyClass]);

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..canvas import Pixels, new_figure, pixels_of
+from ..texts import Text
 from .average import AveragePlan
 from .profile import Floats, centre_of_mass, gamma_from_sigma_rel, power_profile
 from .reconstruction import Reconstruction
@@ -44,14 +45,14 @@ class Bars:
 
 def bars_of(plan: AveragePlan, most: int = MOST_BARS) -> Bars:
     """The bars of a plan, at most so many; their areas are the weights whatever they hold."""
-    files, times = plan.order.files, np.asarray(plan.order.times)
-    edges = np.unique(np.linspace(0, len(files), min(len(files), most) + 1).astype(int))
+    name, times = plan.order.name, np.asarray(plan.order.times)
+    edges = np.unique(np.linspace(0, len(times), min(len(times), most) + 1).astype(int))
     spans = list(zip(edges.tolist(), edges[1:].tolist(), strict=False))
     return Bars(
         names=tuple(
-            files[start].name
+            name(start)
             if stop - start == 1
-            else f"{files[start].name} to {files[stop - 1].name}"
+            else Text("{first} to {last}", first=name(start), last=name(stop - 1))
             for start, stop in spans
         ),
         steps=times[edges[1:] - 1],

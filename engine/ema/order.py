@@ -12,6 +12,7 @@ from ..checkpoints import Checkpoint, epoch_of
 from ..disk.folders import Search
 from ..files import read_header
 from ..refusals import refuse_other
+from ..texts import Text
 from .profile import Floats
 
 SORTS = ("step", "mtime", "given")
@@ -34,13 +35,18 @@ class TrainedOrder:
     windowed: bool = False
     """Whether earlier files of the run were left out on purpose."""
 
+    def name(self, index: int) -> str:
+        """What a file is called, or what one that is still to come is saved at."""
+        files = self.files
+        return files.name(index) if isinstance(files, PlannedFiles) else files[index].name
+
 
 class PlannedFiles(Sequence[Path]):
     """Names of files that do not exist yet, made when asked for: a run may plan a million."""
 
-    def __init__(self, times: Floats, noun: str) -> None:
+    def __init__(self, times: Floats, unit: str) -> None:
         self._times = times
-        self._noun = noun
+        self._unit = unit
 
     def __len__(self) -> int:
         return len(self._times)
@@ -53,18 +59,25 @@ class PlannedFiles(Sequence[Path]):
 
     def __getitem__(self, index: int | slice) -> "Path | PlannedFiles":
         if isinstance(index, slice):
-            return PlannedFiles(self._times[index], self._noun)
-        return Path(f"{self._noun} {self._times[index]:.10g}")
+            return PlannedFiles(self._times[index], self._unit)
+        return Path(self.name(index))
+
+    def name(self, index: int) -> Text:
+        """What is known of one: its step, or its place among the files."""
+        number = f"{self._times[index]:.10g}"
+        if self._unit == "steps":
+            return Text("step {number}", number=number)
+        return Text("file {number}", number=number)
 
 
 def planned_order(times: Sequence[float], unit: str) -> TrainedOrder:
-    """The order of a run whose files do not exist yet."""
+    """The order of a run whose files do not exist yet; `unit` is steps or files."""
     moments = np.asarray(times, dtype=np.float64)
     return TrainedOrder(
-        files=PlannedFiles(moments, unit.removesuffix("s")),
+        files=PlannedFiles(moments, unit),
         times=moments,
         unit=unit,
-        order_from="nothing yet: the files are still to come",
+        order_from="nothing yet: the files are still to come",  # a chart shows its note instead
     )
 
 
@@ -85,8 +98,8 @@ def trained_order(
         return _by_training_time(checkpoints, search)
     if sort == "mtime":
         by_mtime = sorted(checkpoints, key=lambda item: item.path.stat().st_mtime_ns)
-        return _in_this_order(by_mtime, "modification time")
-    return _in_this_order(checkpoints, "as given")
+        return _in_this_order(by_mtime, Text("modification time"))
+    return _in_this_order(checkpoints, Text("as given"))
 
 
 def selected(order: TrainedOrder, first: int = 1, last: int = 0) -> TrainedOrder:
@@ -94,10 +107,14 @@ def selected(order: TrainedOrder, first: int = 1, last: int = 0) -> TrainedOrder
     count = len(order.files)
     stop = last or count
     if not 1 <= first <= stop <= count:
-        raise ValueError(
-            f"first {first}, last {last}: must be 1 <= first <= last <= {count}, the number of "
-            "checkpoints (last 0 = the newest)"
+        sentence = Text(
+            "first {first}, last {last}: must be 1 <= first <= last <= {count}, the number of "
+            "checkpoints (last 0 = the newest)",
+            first=first,
+            last=last,
+            count=count,
         )
+        raise ValueError(sentence)
     return TrainedOrder(
         files=order.files[first - 1 : stop],
         times=order.times[first - 1 : stop],
@@ -110,12 +127,12 @@ def selected(order: TrainedOrder, first: int = 1, last: int = 0) -> TrainedOrder
 
 def _by_training_time(checkpoints: Sequence[Checkpoint], search: Search | None) -> TrainedOrder:
     known = {item.path: item.step for item in checkpoints if item.step is not None}
-    unit, order_from = "steps", "step (metadata or name)"
+    unit, order_from = "steps", Text("step (metadata or name)")
     unstepped = [item.path for item in checkpoints if item.step is None]
     if unstepped:
         found = {item.path: _epoch(item.path) for item in checkpoints}
         known = {path: epoch for path, epoch in found.items() if epoch is not None}
-        unit, order_from = "epochs", "epoch (name or metadata)"
+        unit, order_from = "epochs", Text("epoch (name or metadata)")
     if len(known) < len(checkpoints):
         raise ValueError(
             f"{unstepped[0].name}: neither metadata (ss_steps, ss_epoch) nor name (-step00000100, "

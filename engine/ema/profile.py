@@ -8,6 +8,8 @@ standard deviation of the profile divided by T, `gamma` its exponent. All in flo
 import numpy as np
 from numpy.typing import NDArray
 
+from ..texts import Text
+
 Floats = NDArray[np.float64]
 
 MIN_SIGMA_REL = 1e-4
@@ -21,11 +23,13 @@ def check_sigma_rel(sigma_rel: float) -> float:
     if MIN_SIGMA_REL <= sigma_rel <= round(MAX_SIGMA_REL, 5):
         return sigma_rel
     if sigma_rel > MAX_SIGMA_REL:
-        raise ValueError(
-            f"sigma_rel {sigma_rel:g} has no average: at {MAX_SIGMA_REL:.5f} (1/sqrt(12)) every "
-            "moment of the run already counts alike, and a wider spread would have to favour its "
-            "beginning; choose 0 < sigma_rel <= 0.28868 (0.05 follows the end, 0.25 is broad)"
+        sentence = Text(
+            "sigma_rel {given} has no average: at 0.28868 (1/sqrt(12)) every moment of the run "
+            "already counts alike, and a wider spread would have to favour its beginning; choose "
+            "0 < sigma_rel <= 0.28868 (0.05 follows the end, 0.25 is broad)",
+            given=f"{sigma_rel:g}",
         )
+        raise ValueError(sentence)
     raise ValueError(
         f"sigma_rel {sigma_rel:g}: must be above 0, at least {MIN_SIGMA_REL:g}, and at most "
         "0.28868; 0.2 is a good start"

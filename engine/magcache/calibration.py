@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .clock import StepClock
-from .plan import POSITIVE, Conditions, Curve, MagCachePlan, mean_row
+from .plan import POSITIVE, Conditions, Curve, MagCachePlan, calibrated_name, mean_row
 from .residuals import ConditioningNames
 
 GUIDED = "guided prediction"
@@ -148,7 +148,7 @@ class Measurement:
             )
         recorders = sorted(whole.values(), key=lambda r: not r.label.startswith(POSITIVE))
         return calibrated_plan(
-            name=f"{conditions.model} calibrated at {steps} steps",
+            name=calibrated_name(conditions),
             conditions=conditions,
             recorders=recorders,
             cached=recorders if conditions.measure == "blocks" else [guided],

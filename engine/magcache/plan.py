@@ -10,6 +10,7 @@ from typing import Any
 
 from ..disk.reading import MAX_JSON_BYTES, damage_named, open_regular, parse_json
 from ..document import object_from
+from ..texts import Text
 from .curve import falls
 
 FORMAT = "braid.magcache/1"
@@ -160,6 +161,13 @@ class MagCachePlan:
             return object_from(MagCachePlan, raw)
         except ValueError as error:
             raise ValueError(f"damaged MagCache calibration: {error}") from error
+
+
+def calibrated_name(conditions: Conditions) -> Text:
+    """What a plan is called that was measured in such a run."""
+    return Text(
+        "{model} calibrated at {steps} steps", model=conditions.model, steps=conditions.steps
+    )
 
 
 def read_plan(path: Path) -> MagCachePlan:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ..texts import Text
 from .curve import cumulative_ratios, falls, nearest_ratios, resampled_sigmas
 from .plan import MagCachePlan
 from .rules import MagCacheRule, PlannedRule, Rule, accumulated_errors
@@ -51,7 +52,7 @@ class Schedule:
     extrapolate: bool
     """True when skipped steps lie on the line through the last two computed ones."""
     warnings: tuple[str, ...] = ()
-    """Sentences for the user."""
+    """Sentences for the user; those of plan_schedule are each a Text."""
 
     @property
     def steps(self) -> int:
@@ -120,14 +121,18 @@ def plan_schedule(
     allowed = [True] * steps if allowed is None else list(allowed)
     warnings = list(_few_steps(steps, rule))
     if isinstance(rule, PlannedRule) and not plan.calibrated:
-        raise ValueError(
-            f"rule 'planned' needs a calibration, and {plan.name!r} is a list of ratios: run "
-            "MagCache Calibrate once and connect its plan, or choose rule 'magcache'"
+        sentence = Text(
+            "rule 'planned' needs a calibration, and {name} is a list of ratios: run MagCache "
+            "Calibrate once and connect its plan, or choose rule 'magcache'",
+            name=repr(plan.name),
         )
+        raise ValueError(sentence)
     if rule.off or steps < 2 or not any(allowed):
         return _nothing_skipped(sigmas, warnings)
     if not falls(sigmas):
-        warnings.append("the noise levels do not fall from step to step: every step is computed")
+        warnings.append(
+            Text("the noise levels do not fall from step to step: every step is computed")
+        )
         return _nothing_skipped(sigmas, warnings)
     _check_steps(steps, rule)
     if isinstance(rule, PlannedRule):
@@ -148,7 +153,10 @@ def _check_steps(steps: int, rule: Rule) -> None:
 def _few_steps(steps: int, rule: Rule) -> list[str]:
     if steps > FEW_STEPS or rule.off:
         return []
-    return [f"{steps} steps are few for a cache: compare with plain runs of fewer steps"]
+    sentence = Text(
+        "{steps} steps are few for a cache: compare with plain runs of fewer steps", steps=steps
+    )
+    return [sentence]
 
 
 def _nothing_skipped(sigmas: tuple[float, ...], warnings: list[str]) -> Schedule:
@@ -247,10 +255,7 @@ def _planned(
     gap, evaluations = _choose(least, steps, rule)
     reached = steps / evaluations
     if rule.max_error == 0 and reached < rule.speedup * 0.999:
-        warnings.append(
-            f"speedup {rule.speedup:g} cannot be reached in {steps} steps with warmup_steps "
-            f"{rule.warmup}, k {rule.k} and this range: {reached:.2f} instead"
-        )
+        warnings.append(_beyond_reach(rule, steps, reached))
     computed = computed_steps(came_from, gap, evaluations)
     return Schedule(
         sigmas=sigmas,
@@ -261,6 +266,18 @@ def _planned(
         planned=True,
         extrapolate=extrapolate,
         warnings=tuple(warnings),
+    )
+
+
+def _beyond_reach(rule: PlannedRule, steps: int, reached: float) -> Text:
+    return Text(
+        "speedup {speedup} cannot be reached in {steps} steps with warmup_steps {warmup}, k {k} "
+        "and this range: {reached} instead",
+        speedup=f"{rule.speedup:g}",
+        steps=steps,
+        warmup=rule.warmup,
+        k=rule.k,
+        reached=f"{reached:.2f}",
     )
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..canvas import Pixels, new_figure, pixels_of
+from ..texts import Text
 from .preview import DrawnRun, Preview
 
 if TYPE_CHECKING:
@@ -144,39 +145,45 @@ def _add_log_snr(axis: Axes) -> None:
 def _add_title(figure: Figure, preview: Preview) -> None:
     inch = 1.0 / figure.get_figheight()
     high, low = 1.0 - 0.28 * inch, 1.0 - 0.51 * inch
-    name, details = title(preview), subtitle(preview)
+    name, details = ", ".join(title(preview)), " · ".join(subtitle(preview))
     figure.text(0.085, high, name, va="center", color=INK, fontsize=14, fontweight="bold")
     figure.text(0.085, low, details, va="center", color=FAINT, fontsize=9.5)
 
 
-def title(preview: Preview) -> str:
-    """Mode, what shapes it, and the size of image it is for."""
+def title(preview: Preview) -> list[str]:
+    """Mode, what shapes it, and the size of image it is for, one part each."""
     settings, sampling = preview.settings, preview.settings.sampling
     name = sampling.mode
     if sampling.mode == "shift":
         name += f" {sampling.discrete_flow_shift:g}"
     if sampling.weighting_scheme != "none":
         name += f" / {sampling.weighting_scheme}"
+    parts = [name]
+    ends = {"low": sampling.min_timestep, "high": sampling.max_timestep}
     if (sampling.min_timestep, sampling.max_timestep) != (0, 1000):
-        how = "cut to" if sampling.preserve_distribution_shape else "squeezed into"
-        name += f", {how} {sampling.min_timestep}–{sampling.max_timestep}"
+        cut = sampling.preserve_distribution_shape
+        squeezed = Text("squeezed into {low}–{high}", **ends)
+        parts.append(Text("cut to {low}–{high}", **ends) if cut else squeezed)
     if sampling.depends_on_resolution:
-        name += f", {settings.width} × {settings.height} px"
-    return name
+        parts.append(f"{settings.width} × {settings.height} px")
+    return parts
 
 
-def subtitle(preview: Preview) -> str:
-    """The statistics a reader compares first."""
+def subtitle(preview: Preview) -> list[str]:
+    """The statistics a reader compares first, one part each."""
     numbers: dict[str, Any] = preview.statistics
-    places = _places(numbers["std"])
-    text = (
-        f"mean {numbers['mean']:.{places}f} · std {numbers['std']:.{places}f} · 80 % of draws in "
-        f"{numbers['deciles'][0]:.{places}f}–{numbers['deciles'][8]:.{places}f}"
-    )
+    places, deciles = _places(numbers["std"]), numbers["deciles"]
+    low, high = f"{deciles[0]:.{places}f}", f"{deciles[8]:.{places}f}"
+    parts: list[str] = [
+        Text("mean {mean}", mean=f"{numbers['mean']:.{places}f}"),
+        Text("std {std}", std=f"{numbers['std']:.{places}f}"),
+        Text("80 % of draws in {low}–{high}", low=low, high=high),
+    ]
     if numbers["acceptance_rate"] < 1.0:
-        text += f" · {100 * numbers['acceptance_rate']:.3g} % of the shape kept"
+        share = f"{100 * numbers['acceptance_rate']:.3g}"
+        parts.append(Text("{share} % of the shape kept", share=share))
     buckets = preview.settings.sampling.num_timestep_buckets
-    return text + (f" · {buckets} buckets" if buckets >= 2 else "")
+    return [*parts, Text("{count} buckets", count=buckets)] if buckets >= 2 else parts
 
 
 def _places(std: float) -> int:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..refusals import refuse_not_finite, refuse_not_positive, refuse_other, refuse_outside
+from ..texts import Text
 from .distributions import (
     MODE_SCALE_MAX,
     MODE_SCALE_MIN,
@@ -128,10 +129,13 @@ class TimestepSampling:
 
     def _check_range(self) -> None:
         if not 0 <= self.min_timestep < self.max_timestep <= 1000:
-            raise ValueError(
-                f"min_timestep is {self.min_timestep} and max_timestep is {self.max_timestep}; "
-                "they must satisfy 0 <= min < max <= 1000 (0 = clean, 1000 = pure noise)"
+            sentence = Text(
+                "min_timestep is {low} and max_timestep is {high}; they must satisfy 0 <= min < "
+                "max <= 1000 (0 = clean, 1000 = pure noise)",
+                low=self.min_timestep,
+                high=self.max_timestep,
             )
+            raise ValueError(sentence)
         if self.num_timestep_buckets < 0:
             raise ValueError(
                 f"num_timestep_buckets is {self.num_timestep_buckets}; "

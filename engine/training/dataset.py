@@ -19,7 +19,7 @@ class TrainingItem:
     conditioning: Any
     """Whatever the denoiser's `raw_output` takes for one item."""
     batch_key: Hashable
-    """Items may share a batch when these are equal (shapes of latents and conditioning)."""
+    """Items may share a batch when these are equal: the shape of the latents."""
 
 
 class Dataset:

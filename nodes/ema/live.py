@@ -8,6 +8,7 @@ from ...engine.ema.average import AveragePlan, plan_average, plan_for_order
 from ...engine.ema.figure import bars_of, ideal_curve
 from ...engine.ema.order import planned_order, selected
 from ...engine.ema.schedule import Schedule
+from ...engine.texts import Text
 from ...engine.training.options import Checkpointing
 from ..live_node import DecidedByTheRunError, LiveNode
 from ..training.checkpoints import live_checkpoints, live_search
@@ -15,9 +16,8 @@ from .fields import parse_schedule
 
 EXAMPLE_COUNT = 10
 """Checkpoints that the live chart shows while no run is known."""
-AS_PLANNED = "as the linked run will save them"
-EXAMPLE = "an example: no run is linked yet"
-ONE_FILE = "The linked run saves only its finished LoRA, and one file is no average: "
+AS_PLANNED = Text("as the linked run will save them")
+EXAMPLE = Text("an example: no run is linked yet")
 """What the chart says of files that do not exist yet."""
 
 
@@ -48,7 +48,7 @@ def live_ema(node: LiveNode) -> dict[str, Any]:
     else:
         saved = _planned_steps(source)
         if len(saved) < 2:
-            return {"message": ONE_FILE + _more_files(source)}
+            return {"message": _one_file(source)}
         order, note = planned_order(saved, "steps"), AS_PLANNED
     chosen = selected(order, first, last)
     return chart_json(plan_for_order(chosen, schedule)) | {"note": note}
@@ -63,8 +63,10 @@ def _plan_of_files(
         return plan_average(checkpoints, schedule, sort, first, last, search)
     except SearchEndedError:
         raise DecidedByTheRunError(
-            "The folder holds more than is read while a graph is edited: run the graph to see its "
-            "checkpoints here."
+            Text(
+                "The folder holds more than is read while a graph is edited: run the graph to see "
+                "its checkpoints here."
+            )
         ) from None
 
 
@@ -89,11 +91,28 @@ def _planned_steps(train: LiveNode) -> Sequence[int]:
     return kept if kept and kept[-1] == steps else [*kept, steps]
 
 
-def _more_files(train: LiveNode) -> str:
-    """What to set so that a run saves checkpoints on its way."""
+def _one_file(train: LiveNode) -> Text:
+    """That one file is no average, and what to set so that a run saves more on its way."""
     steps, options = train.value("steps"), _checkpointing(train)
     if options is None:
-        return "link Checkpoints and Resume to the options of Train LoRA."
-    every, wanted = options.value("save_every_n_steps"), max(1, steps // EXAMPLE_COUNT)
-    told = f"save_every_n_steps is {every}" + (f" of {steps} steps" if every else "")
-    return f"{told}; {wanted} saves about {EXAMPLE_COUNT} checkpoints."
+        return Text(
+            "The linked run saves only its finished LoRA, and one file is no average: link "
+            "Checkpoints and Resume to the options of Train LoRA."
+        )
+    told = {
+        "every": options.value("save_every_n_steps"),
+        "steps": steps,
+        "wanted": max(1, steps // EXAMPLE_COUNT),
+        "count": EXAMPLE_COUNT,
+    }
+    if not told["every"]:
+        return Text(
+            "The linked run saves only its finished LoRA, and one file is no average: "
+            "save_every_n_steps is 0; {wanted} saves about {count} checkpoints.",
+            **told,
+        )
+    return Text(
+        "The linked run saves only its finished LoRA, and one file is no average: "
+        "save_every_n_steps is {every} of {steps} steps; {wanted} saves about {count} checkpoints.",
+        **told,
+    )

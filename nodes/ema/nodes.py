@@ -15,6 +15,7 @@ from ...engine.ema.order import SORTS
 from ...engine.ema.reconstruction import plan_reconstruction, reconstructed
 from ...engine.ema.schedule import Power
 from ...engine.refusals import quoted
+from ...engine.texts import told
 from .. import sockets
 from ..outputs import next_file, shown_picture
 from .fields import METHODS, parse_schedule, sigma_rel_input
@@ -26,7 +27,7 @@ MOST_WIDTHS = 64
 
 def _checkpoints_input() -> io.Input:
     return sockets.Checkpoints.Input(
-        "checkpoints", tooltip="The files of one run, from Train LoRA or Load Checkpoints."
+        "checkpoints", tooltip="The files of one run, from Train LoRA or Load Training Checkpoints."
     )
 
 
@@ -140,7 +141,7 @@ class BraidPostHocEma(io.ComfyNode):
             as_image(draw_weights(plan)),
             report_json(average.report),
             str(path or ""),
-            ui={"braid_live": [chart_json(plan)]},
+            ui={"braid_live": [told(chart_json(plan))]},
         )
 
 

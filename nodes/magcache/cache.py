@@ -14,6 +14,7 @@ from ...engine.magcache.plan import MagCachePlan
 from ...engine.magcache.presets import preset_for
 from ...engine.magcache.rules import MagCacheSettings
 from ...engine.magcache.schedule import plan_schedule
+from ...engine.texts import told
 from .. import sockets
 from .inputs import (
     MOST_DRAWN,
@@ -92,7 +93,7 @@ class BraidMagCache(io.ComfyNode):
         )
         planned = planned_strip(settings, plan.conditions.steps)
         patched = MagCachePatch(settings).attach(model)
-        return io.NodeOutput(patched, plan, ui={"braid_live": [planned]})
+        return io.NodeOutput(patched, plan, ui={"braid_live": [told(planned)]})
 
 
 class BraidMagCachePlan(io.ComfyNode):
@@ -144,7 +145,7 @@ class BraidMagCachePlan(io.ComfyNode):
         schedule = plan_schedule(plan, levels, parse_rule(rule))
         image = as_image(draw_schedule(schedule, plan.name))
         report = json.dumps(schedule.to_dict(), indent=1)
-        return io.NodeOutput(image, report, ui={"braid_live": [strip(schedule, plan)]})
+        return io.NodeOutput(image, report, ui={"braid_live": [told(strip(schedule, plan))]})
 
 
 class BraidMagCacheReport(io.ComfyNode):

@@ -4,10 +4,11 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ...engine.magcache.plan import MagCachePlan
+from ...engine.magcache.plan import MagCachePlan, calibrated_name
 from ...engine.magcache.rules import MagCacheSettings, PlannedRule
 from ...engine.magcache.schedule import MAX_STEPS, Schedule, plan_schedule
 from ...engine.magcache.shortest_path import path_operations
+from ...engine.texts import Text
 from ..live_node import DecidedByTheRunError, LiveNode, checked
 from .inputs import (
     MOST_DRAWN,
@@ -33,9 +34,15 @@ def strip(schedule: Schedule, plan: MagCachePlan) -> dict[str, Any]:
     return {
         **numbers,
         "total_error": total_error,
-        "name": plan.name,
+        "name": shown_name(plan),
         "rule": "planned" if schedule.planned else "magcache",
     }
+
+
+def shown_name(plan: MagCachePlan) -> str:
+    """The plan's name; the one that a calibration gives itself as a Text, for the page."""
+    measured = calibrated_name(plan.conditions)
+    return measured if plan.name == measured else plan.name
 
 
 def steps_in_range(settings: MagCacheSettings, steps: int) -> list[bool]:
@@ -53,10 +60,13 @@ def live_magcache(node: LiveNode) -> dict[str, Any]:
     settings = MagCacheSettings(plan=plan, rule=rule, **percents)
     steps = _live_steps(node) or plan.conditions.steps
     if isinstance(rule, PlannedRule) and path_operations(steps, rule.k) > LIVE_OPERATIONS:
-        raise DecidedByTheRunError(
-            f"{steps} steps with k {rule.k} take more than a moment to plan: run the graph to see "
-            "the strip here."
+        sentence = Text(
+            "{steps} steps with k {k} take more than a moment to plan: run the graph to see the "
+            "strip here.",
+            steps=steps,
+            k=rule.k,
         )
+        raise DecidedByTheRunError(sentence)
     return planned_strip(settings, steps)
 
 
@@ -70,7 +80,10 @@ def planned_strip(settings: MagCacheSettings, steps: int) -> dict[str, Any]:
 
 def too_long(steps: int) -> dict[str, Any]:
     """What stands where a strip would be."""
-    return {"message": f"{steps} steps are too many to draw here; up to {MOST_DRAWN} are."}
+    sentence = Text(
+        "{steps} steps are too many to draw here; up to {most} are.", steps=steps, most=MOST_DRAWN
+    )
+    return {"message": sentence}
 
 
 def _live_steps(node: LiveNode) -> int:
@@ -80,9 +93,10 @@ def _live_steps(node: LiveNode) -> int:
     if STEPS_DOWNSTREAM.id not in node.widgets:
         return 0
     if node.widgets[STEPS_DOWNSTREAM.id] is None:
-        raise DecidedByTheRunError(
+        sentence = Text(
             "The sampler's steps come from a linked node: run the graph to see the strip here."
         )
+        raise DecidedByTheRunError(sentence)
     return checked(STEPS_DOWNSTREAM, node.widgets)
 
 
@@ -91,15 +105,17 @@ def _live_plan(node: LiveNode) -> MagCachePlan:
     if source is not None and source.node_id == "BraidLoadCalibration":
         name = source.value("file")
         if calibration_file(name).stat().st_size > LIVE_BYTES:
-            raise DecidedByTheRunError(f"{name} is large: run the graph to see its strip here.")
+            raise DecidedByTheRunError(
+                Text("{name} is large: run the graph to see its strip here.", name=name)
+            )
         return load_calibration(name)
     if "plan" in node.inputs:
         raise DecidedByTheRunError(
-            "The steps show here once the connected plan has been measured: queue the graph."
+            Text("The steps show here once the connected plan has been measured: queue the graph.")
         )
     plan = plan_from_widgets(node.value("preset"), node.value("mag_ratios"))
     if plan is None:
         raise DecidedByTheRunError(
-            "Preset auto recognises the model when the graph runs; the steps show here then."
+            Text("Preset auto recognises the model when the graph runs; the steps show here then.")
         )
     return plan

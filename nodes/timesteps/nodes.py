@@ -9,6 +9,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ...engine.canvas import as_image
+from ...engine.texts import Text, told
 from ...engine.timesteps.figure import draw_preview, subtitle, title
 from ...engine.timesteps.preview import (
     MAX_BINS,
@@ -224,7 +225,7 @@ class BraidTimestepPreview(io.ComfyNode):
             as_image(draw_preview(preview, run)),
             preview.counts.tolist(),
             json.dumps(statistics, indent=1),
-            ui={"braid_live": [chart]},
+            ui={"braid_live": [told(chart)]},
         )
 
 
@@ -240,7 +241,7 @@ def _measure_loss_map(loss_map: Mapping[str, Any], bins: int) -> DrawnRun:
 
 
 def chart_json(preview: Preview, run: DrawnRun | None = None) -> dict[str, Any]:
-    """What web/timesteps/chart.js draws; numbers only."""
+    """What web/timesteps/chart.js draws: numbers, and the parts of the heading."""
     sampling = preview.settings.sampling
     weighted = bool(preview.weight.std() > 0)
     return {
@@ -274,13 +275,14 @@ def live_timesteps(node: LiveNode) -> dict[str, Any]:
     epoch that would take long to draw, a part that is said to be one."""
     source = node if node.node_id == "BraidTimestepSampling" else node.input("timesteps")
     if source is None or source.node_id != "BraidTimestepSampling":
-        return {"message": "Connect a Timestep Sampling node to timesteps to see its chart."}
+        return {"message": Text("Connect a Timestep Sampling node to timesteps to see its chart.")}
     shown = {} if source is node else node.values
     epoch = PreviewSettings(sampling=build_sampling(**source.values), **shown)
     drawn = replace(epoch, samples=min(epoch.samples, LIVE_SAMPLES))
     chart = chart_json(measure_preview(drawn))
     if drawn.samples < epoch.samples:
-        chart["subtitle"] += f" · {drawn.samples:,} of {epoch.samples:,} items; a run draws all"
+        counts = {"drawn": f"{drawn.samples:,}", "all": f"{epoch.samples:,}"}
+        chart["subtitle"].append(Text("{drawn} of {all} items; a run draws all", **counts))
     return chart
 
 

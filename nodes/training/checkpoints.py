@@ -37,7 +37,7 @@ class BraidLoadCheckpoints(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="BraidLoadCheckpoints",
-            display_name="Load Checkpoints",
+            display_name="Load Training Checkpoints",
             category=sockets.TRAINING,
             description="The LoRA files that one training run saved, in training order: Braid's, "
             "musubi-tuner's, kohya's or ComfyUI's own.",

@@ -10,6 +10,9 @@ from ..outputs import loras_folder, newest_first
 from ..typed_paths import path_for_a_run, refusal_of
 from .options import chained, options_input, options_output
 
+AFRESH = "start afresh"
+"""The `resume` of a run that resumes nothing; an empty text, as older workflows have it, too."""
+
 
 class BraidCheckpointing(io.ComfyNode):
     @classmethod
@@ -51,10 +54,10 @@ class BraidCheckpointing(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "resume",
-                    options=["", LATEST, *_states()],
-                    default="",
+                    options=[AFRESH, LATEST, *_states()],
+                    default=AFRESH,
                     tooltip="Go on from a saved state: latest of the run's output_name, or one of "
-                    "those under output/loras. Empty: start afresh.",
+                    "those under output/loras; or start afresh.",
                 ),
                 options_input(),
             ],
@@ -76,6 +79,7 @@ class BraidCheckpointing(io.ComfyNode):
         resume: str,
         options: TrainingOptions | None = None,
     ) -> io.NodeOutput:
+        resume = "" if resume == AFRESH else resume
         if resume not in ("", LATEST):
             path_for_a_run("resume", resume, loras_folder())
         part = Checkpointing(

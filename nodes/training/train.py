@@ -69,7 +69,8 @@ class BraidTrainLora(io.ComfyNode):
                     default=1,
                     min=1,
                     max=4096,
-                    tooltip="Items per forward pass; sizes are never mixed in one batch.",
+                    tooltip="Items per batch, whatever the lengths of their prompts; sizes are "
+                    "never mixed in one batch.",
                 ),
                 io.Int.Input(
                     "gradient_accumulation_steps",

@@ -5,7 +5,9 @@ import re
 import pytest
 from host.browse import act
 from host.find import PACK
+from host.live_nodes import PREPARE, ROWS
 from host.locales import LANGUAGES, translated
+from host.texts import translations
 
 DOCS = PACK / "web" / "docs"
 SAMPLING = "BraidTimestepSampling"
@@ -40,6 +42,44 @@ PLACE = """(name) => {
   const at = [node.pos[0] + 0.5 * node.size[0], node.pos[1] + down];
   return [(at[0] + offset[0]) * scale + left, (at[1] + offset[1]) * scale + top];
 }"""
+SENTENCES = """() => {
+  const add = (type, values = {}) => live.add(type, 460 * app.graph.nodes.length, 1400, values);
+  const panel = (name, node) => Object.assign(node, { title: name });
+  panel("unlinked", add("BraidTimestepPreview"));
+  panel("auto", add("BraidMagCache"));
+  panel("few steps", add("BraidMagCachePlan", { steps: 8 }));
+  panel("no calibration", add("BraidMagCachePlan", { rule: "planned" }));
+  panel("no checkpoints between", add("BraidPostHocEma", { first: 5, last: 2 }));
+  const train = add("BraidTrainLora");
+  train.connect(2, panel("one file", add("BraidPostHocEma")), 0);
+  app.canvas.ds.scale = 0.2; // all of them on screen
+}"""
+ALL_SAY = """() => {
+  const panels = app.graph.nodes.map(live.panel).filter(Boolean);
+  return panels.every((panel) => panel.clientWidth && panel.querySelector("header, p"));
+}"""
+"""Every chart is drawn, or says why not."""
+TEXTS = """() => {
+  const nodesOf = (root) => {
+    const walker = document.createTreeWalker(root, NodeFilter.SHOW_TEXT);
+    return Array.from({ length: 1e4 }, () => walker.nextNode()).filter(Boolean);
+  };
+  const spoken = ["aria-label", "aria-valuetext", "data-reading", "data-waiting"];
+  const texts = (panel) => [
+    ...nodesOf(panel).map((node) => node.textContent),
+    ...[panel, ...panel.querySelectorAll("*")].flatMap((element) =>
+      spoken.map((name) => element.getAttribute(name)).filter(Boolean)),
+  ];
+  const charts = app.graph.nodes.filter(live.panel);
+  return Object.fromEntries(charts.map((node) => [node.title, texts(live.panel(node))]));
+}"""
+"""All that the charts show, and say to a screen reader, by the title of the node."""
+WORD = re.compile(r"[A-Za-z](?:[\w.-]*\w)?", re.ASCII)
+NAMES = set(
+    "sigma sigma_rel flux_shift log-SNR t T k px LoRA Braid MagCache FLUX.1-dev magcache planned "
+    "reuse auto".split()
+)
+"""Words in every language: symbols, products, and what a widget chooses among."""
 HELP = ".node-help-content"
 UNLOADED = f"""() => [...document.querySelectorAll("{HELP} img")]
   .filter((picture) => picture.complete && !picture.naturalWidth).map((picture) => picture.src)"""
@@ -139,3 +179,30 @@ def test_the_info_button_opens_the_page_with_its_pictures(language, vue, speak, 
 
 def count_of_pictures(node_id: str) -> int:
     return len(re.findall(r"!\[[^\]]*\]\(", (DOCS / f"{node_id}.md").read_text()))
+
+
+@IN_EACH_LANGUAGE
+def test_charts_and_their_sentences_have_no_english_but_names(language, speak, console_errors):
+    page = speak(language, False)
+    page.evaluate(PREPARE, ROWS)
+    page.evaluate("() => live.build(0)")
+    page.evaluate(SENTENCES)
+    page.wait_for_function(ALL_SAY)
+    shown = page.evaluate(TEXTS)
+    assert len(shown) == len(ROWS) + 7, "the rows, a source of one, and the sentences"
+    english = {
+        title: sorted(words)
+        for title, texts in shown.items()
+        if (words := {word for text in texts for word in WORD.findall(text)} - NAMES)
+    }
+    assert english == {}
+    assert console_errors == []
+
+
+@IN_EACH_LANGUAGE
+def test_a_server_that_is_away_is_said_in_the_users_language(language, speak):
+    page = speak(language, False)
+    page.route("**/braid/live/*", lambda route: route.abort())
+    page.evaluate(BUILD, SAMPLING)
+    sentence = translations(language)["Waiting for the ComfyUI server…"]
+    page.get_by_text(sentence).wait_for()

@@ -290,3 +290,19 @@ def test_train_lora_shows_one_picture_after_a_run_and_no_second_one_later(
     page.wait_for_function(f"({PICTURES})() > 0")
     page.wait_for_timeout(1000)
     assert page.evaluate(PICTURES) == 1
+
+
+LISTED = """(folder) => app.graph.nodes.find((node) => node.type === "BraidLoadCheckpoints")
+  .widgets.find((widget) => widget.name === "folder").options.values.includes(folder)"""
+
+
+@RENDERERS
+def test_a_list_of_files_has_what_a_run_wrote_without_a_refresh(page, console_errors, vue):
+    folder = f"listed_{vue}"
+    page.evaluate(TRAIN)
+    act(page, f"live.set(app.graph.nodes[0], 'output_name', '{folder}')")
+    act(page, "live.add('BraidLoadCheckpoints', 0, -400)")
+    assert not page.evaluate(LISTED, folder)
+    assert page.evaluate(RUN) == "success"
+    page.wait_for_function(LISTED, arg=folder, timeout=10_000)
+    assert console_errors == []

@@ -2,7 +2,7 @@
 
 import pytest
 from host.browse import MISPLACED
-from host.workflows import EXAMPLES, to_prompt
+from host.workflows import EXAMPLES, read_workflow, to_prompt
 
 WORKFLOWS = sorted(EXAMPLES.glob("*.json"))
 LOAD = """async (workflow) => {
@@ -27,6 +27,26 @@ def test_every_workflow_opens_without_missing_nodes_or_console_errors(
     assert page.evaluate(MISPLACED) == []
     if not vue_nodes:
         assert _prompt(loaded) == to_prompt(workflow, server.object_info())
+
+
+AS_TEMPLATE = """async ([workflow, name]) => {
+    await app.loadGraphData(workflow, true, true, name, { openSource: "template" });
+    await new Promise((done) => setTimeout(done, 1500));
+    return app.canvas.low_quality;
+}"""
+
+
+def test_the_first_workflow_opens_so_large_that_the_canvas_writes_its_texts(open_page, example):
+    page = open_page({"Comfy.VueNodes.Enabled": False})
+    page.set_viewport_size({"width": 1600, "height": 1000})
+    (first,) = EXAMPLES.glob("01_*.json")
+    assert page.evaluate(AS_TEMPLATE, [example(first), first.stem]) is False
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_groups_stand_in_rows_of_at_most_five(path):
+    tops = [group["bounding"][1] for group in read_workflow(path)["groups"]]
+    assert max(tops.count(top) for top in tops) <= 5
 
 
 def _prompt(loaded: dict) -> dict:

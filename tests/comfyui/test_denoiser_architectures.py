@@ -1,10 +1,14 @@
 """Architectures beyond the tiny models: nothing in the denoiser knows any of them by name."""
 
+import inspect
+from contextlib import contextmanager
+
 import comfy.model_management as mm
 import comfy.supported_models
 import pytest
 import tiny_models
 import torch
+from comfy.model_sampling import CONST
 from denoiser_cases import (
     batch,
     gradients,
@@ -14,7 +18,9 @@ from denoiser_cases import (
     state_of,
     training,
 )
-from tiny_models import FLUX, TinyModel, build, sampled
+from tiny_models import FLUX, TinyModel, build, conditioning, latent, sampled
+
+from comfyui_braid.engine.comfyui.differentiable.denoiser import training_session
 
 FLUX2 = {
     **FLUX,
@@ -160,3 +166,59 @@ def test_a_model_that_adds_in_place_to_an_adapters_input_is_guarded():
         loss_of(denoiser, *batch(denoiser, "ltxv")).backward()
         assert torch.autograd.graph._allow_mutation_on_saved_tensors_enabled
     assert not torch.autograd.graph._allow_mutation_on_saved_tensors_enabled
+
+
+EMBED_GUIDANCE = {"flux_dev", "hunyuan_video"}
+
+
+@contextmanager
+def received(network):
+    """Everything the network is called with meanwhile, by the names of its own signature."""
+    calls = []
+
+    def note(_module, args, kwargs):
+        given = inspect.signature(network.forward).bind(*args, **kwargs).arguments
+        given |= given.pop("kwargs", {})
+        calls.append(
+            {k: v for k, v in given.items() if k not in ("transformer_options", "control")}
+        )
+
+    hook = network.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield calls
+    finally:
+        hook.remove()
+
+
+def alike(a, b) -> bool:
+    if isinstance(a, torch.Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(alike, a, b))
+    return a == b
+
+
+@pytest.mark.parametrize("name", [*tiny_models.MODELS, *MORE])
+def test_in_training_a_network_receives_what_it_receives_in_sampling_but_for_a_set_guidance(name):
+    patcher, inputs = build(name), []
+    tapped = patcher.clone()
+    tapped.set_model_unet_function_wrapper(
+        lambda apply, call: (
+            inputs.append((call["input"].clone(), call["timestep"].clone())),
+            apply(call["input"], call["timestep"], **call["c"]),
+        )[1]
+    )
+    with received(patcher.model.diffusion_model) as in_sampling:
+        sampled(tapped, name, steps=2)
+    levels = inputs if isinstance(patcher.model.model_sampling, CONST) else inputs[:1]
+    for guidance in (None, 1.0):
+        with training_session(patcher, compute_dtype=torch.float32, guidance=guidance) as denoiser:
+            _, told = denoiser.prepare(torch.zeros_like(latent(name)), conditioning(name, 0))
+            with received(denoiser.diffusion_model) as in_training, torch.no_grad():
+                for x, sigma in levels:
+                    denoiser.raw_output(x, sigma.clamp(max=1.0), [told])
+        assert len(in_training) == len(levels)
+        for ours, hosts in zip(in_training, in_sampling, strict=False):
+            assert ours.keys() == hosts.keys()
+            different = {key for key in ours if not alike(ours[key], hosts[key])}
+            assert different == ({"guidance"} if guidance and name in EMBED_GUIDANCE else set())

@@ -16,7 +16,7 @@ from denoiser_cases import (
     relative_error,
     training,
 )
-from tiny_models import build, latent
+from tiny_models import build, conditioning, latent
 
 from comfyui_braid.engine.comfyui.differentiable.denoiser import training_session
 
@@ -154,20 +154,20 @@ def test_gradients_accumulate_over_two_backward_passes(checkpointing):
     assert relative_error(twice, once) < 1e-6
 
 
-def test_prompts_of_different_lengths_in_one_batch_equal_the_mean_of_single_steps():
-    from tiny_models import conditioning
-
-    with training(build("lumina2")) as (denoiser, network):
+@pytest.mark.parametrize("name", ["lumina2", "qwen_image", "hunyuan_video"])
+def test_prompts_of_different_lengths_in_one_batch_equal_the_mean_of_single_steps(name):
+    with training(build(name)) as (denoiser, network):
         items = [
-            denoiser.prepare(latent("lumina2", 1, i), conditioning("lumina2", i, tokens))
+            denoiser.prepare(latent(name, 1, i), conditioning(name, i, tokens))
             for i, tokens in enumerate((6, 9, 6))
         ]
         latents = torch.cat([item[0] for item in items])
         noise, t = torch.randn(latents.shape), torch.tensor([0.2, 0.5, 0.8])
         conds = [item[1] for item in items]
         loss_of(denoiser, latents, noise, t, conds).backward()
-        together = {n: p.grad.clone() for n, p in network.named_parameters()}
-        network.zero_grad()
+        together = {n: p.grad for n, p in network.named_parameters()}
+        assert denoiser.forward_calls == 2
+        network.zero_grad(set_to_none=True)
         for i in range(3):
             one = slice(i, i + 1)
             loss = loss_of(denoiser, latents[one], noise[one], t[one], conds[one])

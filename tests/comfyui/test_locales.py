@@ -51,7 +51,7 @@ def test_no_text_holds_a_sign_that_the_front_end_would_take_for_a_placeholder(la
 @in_each_language
 def test_the_menu_categories_are_translated(language):
     main = json.loads((PACK / "locales" / language / "main.json").read_text(encoding="utf-8"))
-    assert set(main) == {"nodeCategories"}
+    assert set(main) == {"nodeCategories", "braid"}
     assert set(main["nodeCategories"]) == {"network", "timesteps", "playground"}
 
 

@@ -1,16 +1,20 @@
 """The MagCache nodes as the executor calls them: what is shown before a run is what it does."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import folder_paths
 import pytest
 import torch
-from live_questions import chart_of
+from live_questions import answer_of, chart_of
 from magcache_runs import sample
 from tiny_models import build
 
 from comfyui_braid.engine.comfyui.magcache.patch import magcache_of
+from comfyui_braid.engine.magcache.plan import calibrated_name
+from comfyui_braid.engine.magcache.presets import preset_named
+from comfyui_braid.engine.texts import told
 from comfyui_braid.nodes.magcache import (
     NODES,
     BraidLoadCalibration,
@@ -20,6 +24,7 @@ from comfyui_braid.nodes.magcache import (
     BraidMagCachePlan,
     BraidMagCacheReport,
 )
+from comfyui_braid.nodes.magcache.live import shown_name
 
 DOCS = Path(__file__).resolve().parents[2] / "web" / "docs"
 STEPS = 12
@@ -146,3 +151,17 @@ def test_every_input_and_output_has_a_tooltip_and_the_node_a_page(node):
     assert (DOCS / f"{schema.node_id}.md").is_file()
     for port in (*schema.inputs, *schema.outputs):
         assert port.tooltip, port.id
+
+
+def test_a_calibrations_own_name_and_a_sentence_of_the_node_reach_the_page_in_its_language():
+    preset = preset_named("FLUX.1-dev")
+    assert told(shown_name(preset)) == "FLUX.1-dev"
+    read_back = dataclasses.replace(preset, name=str(calibrated_name(preset.conditions)))
+    assert told(shown_name(read_back))["text"] == "{model} calibrated at {steps} steps"
+
+    widgets = {f"rule.{name}": value for name, value in PLANNED.items() if name != "rule"}
+    widgets |= {"rule": "planned", "preset": "FLUX.1-dev", "mag_ratios": "0", "steps": 28}
+    body = {"node_id": "BraidMagCachePlan", "values": widgets, "inputs": {}}
+    sent = told(answer_of("magcache", body))["error"]
+    assert sent["text"].startswith("rule 'planned' needs a calibration, and {name} is a list")
+    assert sent["values"] == {"name": "'FLUX.1-dev'"}

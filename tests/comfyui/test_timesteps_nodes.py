@@ -6,6 +6,7 @@ import pytest
 import torch
 from live_questions import chart_of, node_of
 
+from comfyui_braid.engine.texts import told
 from comfyui_braid.engine.timesteps.sampling import MODES, TimestepSampling
 from comfyui_braid.engine.timesteps.stream import TimestepStream
 from comfyui_braid.nodes.live_node import DecidedByTheRunError
@@ -85,8 +86,8 @@ def test_the_live_answer_is_the_nodes_statistics_after_a_run(mode):
     sampling = BraidTimestepSampling.execute(timestep_sampling=chosen, **settings).result[0]
     output = BraidTimestepPreview.execute(sampling, **PREVIEW)
     assert json.loads(output.result[2]) == json.loads(json.dumps(answer["statistics"]))
-    assert output.ui["braid_live"] == [answer]
-    json.dumps(answer, allow_nan=False)
+    assert output.ui["braid_live"] == [told(answer)]
+    json.dumps(told(answer), allow_nan=False)
 
 
 def test_a_broken_setting_is_the_same_sentence_live_and_in_the_node():

@@ -108,7 +108,13 @@ def test_logs_stay_inside_the_output_folder(changes, sentence):
 
 
 def test_options_chain_and_a_second_node_of_one_kind_is_refused():
-    saving = dict(save_every_n_steps=5, save_last_n=2, save_state=True, ema_shadows=True, resume="")
+    saving = dict(
+        save_every_n_steps=5,
+        save_last_n=2,
+        save_state=True,
+        ema_shadows=True,
+        resume="start afresh",
+    )
     (options,) = BraidCheckpointing.execute(**saving).result
     (options,) = BraidTrainingLog.execute(**LOG, options=options).result
     compiling = dict(dynamo_backend="eager", dynamo_mode="default", dynamo_fullgraph=False)

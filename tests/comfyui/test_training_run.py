@@ -41,6 +41,17 @@ def test_a_run_trains_saves_and_leaves_the_model_as_it_was(name, dtype, checkpoi
     assert len(loaded) == trained.report["modules"]
 
 
+def test_a_batch_has_its_size_whatever_the_lengths_of_its_prompts(tmp_path):
+    """Four items, two lengths: each step trains on all four, in two calls of the network."""
+    latents = [{"samples": latent("qwen_image", 1, seed=i)} for i in range(4)]
+    positive = [conditioning("qwen_image", i, tokens=(6, 9)[i % 2]) for i in range(4)]
+    plan = dataclasses.replace(PLAN, batch_size=4)
+    trained = run("qwen_image", tmp_path, plan=plan, pairs=pair_items(latents, positive))
+    assert len(trained.loss_map["timesteps"]) == 4 * PLAN.steps
+    assert trained.report["forward_calls_per_step"] == 2
+    assert trained.resolved.batches_per_epoch == 1
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_two_runs_with_one_seed_give_the_same_bytes(name, tmp_path):
     first, second = run(name, tmp_path), run(name, tmp_path)

@@ -114,8 +114,8 @@ def test_the_title_says_mode_shift_weight_range_and_size():
     cut = TimestepSampling(
         mode="shift", discrete_flow_shift=3.0, max_timestep=500, preserve_distribution_shape=True
     )
-    assert title(measure_preview(settings(sampling=cut))) == "shift 3, cut to 0–500"
-    assert title(measure_preview(settings())) == "qinglong_flux / cosmap, 1024 × 1024 px"
+    assert title(measure_preview(settings(sampling=cut))) == ["shift 3", "cut to 0–500"]
+    assert title(measure_preview(settings())) == ["qinglong_flux / cosmap", "1024 × 1024 px"]
 
 
 @pytest.mark.parametrize("field", ["width", "height", "bins", "samples"])

@@ -120,5 +120,8 @@ def test_a_state_that_is_older_than_a_setting_had_it_at_its_default():
 
 def test_a_setting_that_0_1_0_did_not_know_fits_no_state_of_it():
     saved = identity(JOB, "AdamW", LAYERS).as_0_1_0
+    mixed = identity(JOB, "AdamW", LAYERS, mixes_prompts=True)
+    assert mixed.difference(saved)[0] == "batches"  # it has other batches than it had then
+    assert mixed.difference(mixed.named) is None
     assert identity(JOB, "AdamW", LAYERS).difference(saved) is None
     assert "NetworkSpec(kind='lora', rank=8, alpha=4, " in saved["network"]

@@ -11,6 +11,7 @@ from typing import Any
 import folder_paths
 import safetensors.torch
 import torch
+from host.texts import english
 from torch import Tensor
 
 from comfyui_braid.engine.checkpoints import AdapterStateDict
@@ -243,7 +244,7 @@ def ask(question: str, folder: Path) -> None:
         answer = answer_live(noun, body)
     json.dumps(answer, allow_nan=False)
     if sentence := answer.get("error") or answer.get("message"):
-        raise ValueError(sentence)
+        raise ValueError(english(sentence))
 
 
 def answer_live(noun: str, body: str) -> dict[str, Any]:

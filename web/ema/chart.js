@@ -2,22 +2,24 @@
 // Weight of each checkpoint over training time as SVG: draws the numbers of
 // nodes/ema/live.py and computes no weight.
 
+import { said, words } from "../language/texts.js";
 import { COLOURS, column, gap, label, line, path, short, svg, ticks } from "../live/svg.js";
 
 const MARGIN = { left: 40, right: 14, top: 10, bottom: 38 };
 const ROOM = [[38, 1], [26, 0]]; // a bar of so many pixels has room for a percentage of so many decimals
 const ROOM_FOR_MARKS = 3;
 
-export const name = "Weight of each checkpoint";
+export const name = () => words("Weight of each checkpoint");
 
 /** What stands above the plot. @param {any} answer chart_json of nodes/ema/live.py */
 export function heading(answer) {
   const { count, sigma_rel, requested_sigma_rel, unit, ideal } = answer;
-  const asked = requested_sigma_rel == null ? "" : `, requested ${requested_sigma_rel.toFixed(3)}`;
-  const files = count === 1 ? "1 checkpoint" : `${count} checkpoints`;
+  const requested = requested_sigma_rel?.toFixed(3);
+  const files = count === 1 ? words("1 checkpoint") : words("{count} checkpoints", { count });
+  const asked = requested == null ? "" : `, ${words("requested {requested}", { requested })}`;
   const legend = [
-    [`weight per ${singular(unit)} (area = weight)`, COLOURS.bars, "bar"],
-    ideal && ["ideal profile", COLOURS.second, "line"],
+    [words("weight per {unit} (area = weight)", { unit: one(unit) }), COLOURS.bars, "bar"],
+    ideal && [words("ideal profile"), COLOURS.second, "line"],
   ];
   return {
     title: `${files}: sigma_rel ${sigma_rel.toFixed(3)}${asked}`,
@@ -27,10 +29,11 @@ export function heading(answer) {
 }
 
 function subtitle({ note, order_from, centre_of_mass, duplicates_left_out, earlier_files_left_out }) {
-  const parts = [`centre of mass ${centre_of_mass.toFixed(3)} T`];
-  parts.push(note || `order: ${order_from}`);
-  if (duplicates_left_out.length) parts.push(`${duplicates_left_out.length} saved twice`);
-  if (earlier_files_left_out) parts.push("earlier left out");
+  const parts = [words("centre of mass {share} T", { share: centre_of_mass.toFixed(3) })];
+  parts.push(note ? said(note) : words("order: {from}", { from: order_from }));
+  const twice = duplicates_left_out.length;
+  if (twice) parts.push(words("{count} saved twice", { count: twice }));
+  if (earlier_files_left_out) parts.push(words("earlier left out"));
   return parts.join(" · ");
 }
 
@@ -70,7 +73,7 @@ function axes({ unit }, x, y, { top, end, floor }) {
       label(x(0) - 5, y(value) + 3, short(value), { anchor: "end" }),
     ]),
     ...ticks(end, 5).map((value) => label(x(value), floor + 19, short(value, 4), { anchor: "middle" })),
-    label(x(end / 2), floor + 33, `training time (${unit}), T = ${end}`, { anchor: "middle" }),
+    label(x(end / 2), floor + 33, words("training time ({unit}), T = {end}", { unit: many(unit), end }), { anchor: "middle" }),
     line(x(0), floor, x(end), floor, { stroke: COLOURS.faint }),
   ];
 }
@@ -126,14 +129,22 @@ function moments({ steps }, x, floor) {
   return steps.map((step) => line(x(step), floor, x(step), floor + 6, { stroke: COLOURS.ink }));
 }
 
-function columns({ weights, borders, files, steps, unit }, x, floor) {
+function columns({ weights, borders, files, steps, unit, note }, x, floor) {
   return weights.map((weight, index) => {
-    const when = unit === "files" ? "" : ` (${singular(unit)} ${steps[index]})`;
-    const reading = `${files[index]}${when}: ${percent(weight, 2)}`;
+    const named = note || unit === "files"; // what is still to come is called after its step
+    const when = named ? "" : ` (${one(unit)} ${steps[index]})`;
+    const reading = `${said(files[index])}${when}: ${percent(weight, 2)}`;
     return column(x(borders[index]), x(borders[index + 1]), MARGIN.top, floor, reading);
   });
 }
 
-function singular(unit) {
-  return unit.replace(/s$/, "");
+/** What training time is counted in. */
+function many(unit) {
+  if (unit === "epochs") return words("epochs");
+  return unit === "steps" ? words("steps") : words("files");
+}
+
+function one(unit) {
+  if (unit === "epochs") return words("epoch");
+  return unit === "steps" ? words("step") : words("file");
 }

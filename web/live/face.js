@@ -2,6 +2,7 @@
 // What a live chart looks like: a heading, a plot with a cursor over its columns, or a sentence.
 // Knows no ComfyUI, no server and no chart.
 
+import { said, words } from "../language/texts.js";
 import { COLOURS } from "./svg.js";
 
 const KEYS = {
@@ -15,7 +16,6 @@ const KEYS = {
   End: Infinity,
 };
 const SLIDER = ["tabindex", "role", "aria-label", "aria-valuemin", "aria-valuemax", "aria-valuenow", "aria-valuetext"];
-const HINT = "arrow keys read the chart, column by column";
 
 const STYLE = `
   .braid-live { position: relative; width: 100%; height: 100%; overflow: hidden; box-sizing: border-box;
@@ -25,7 +25,7 @@ const STYLE = `
   .braid-live:focus { outline: none; }
   .braid-live:focus-visible { outline: 2px solid ${COLOURS.line}; outline-offset: -2px; }
   .braid-live.braid-waiting > * { opacity: 0.45; }
-  .braid-live.braid-waiting::after { content: "waiting for the server…"; }
+  .braid-live.braid-waiting::after { content: attr(data-waiting); }
   .braid-live > header { flex: none; padding: 6px 12px 0; color: ${COLOURS.faint}; }
   .braid-live > header > div { overflow: hidden; display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2; }
   .braid-live > header > .braid-title { color: ${COLOURS.ink}; font-size: 12px; font-weight: 600; }
@@ -47,7 +47,7 @@ const STYLE = `
 `;
 
 /** @typedef {{title: string, subtitle: string, legend: [string, string, string][], note?: string}} Heading */
-/** @typedef {{name: string, heading: (answer: any) => Heading, draw: (answer: any, size: {width: number, height: number}) => SVGElement}} Chart */
+/** @typedef {{name: () => string, heading: (answer: any) => Heading, draw: (answer: any, size: {width: number, height: number}) => SVGElement}} Chart */
 
 /**
  * The element of one chart.
@@ -63,6 +63,7 @@ export class ChartFace {
     this.answer = null;
     this.cursor = -1;
     this.element = element("div", "braid-live");
+    this.element.dataset.waiting = words("waiting for the server…");
     this.plot = element("div", "braid-plot");
     this.reading = element("div", "braid-reading");
     this.keys = false;
@@ -74,11 +75,11 @@ export class ChartFace {
     addStyle();
   }
 
-  /** Show an answer: JSON for the chart, or {error} or {message}. */
+  /** Show an answer: JSON for the chart, or a sentence, {error} or {message}. */
   show(answer) {
     this.answer = answer;
     const { error, message } = answer;
-    if (error || message) this.#say(error ?? message, error ? "alert" : "status");
+    if (error || message) this.#say(said(error ?? message), error ? "alert" : "status");
     else this.#frame(this.chart.heading(answer));
     this.resize();
   }
@@ -112,10 +113,10 @@ export class ChartFace {
     header.append(element("div", "braid-title", title), element("div", "braid-subtitle", subtitle), keyOf(legend));
     const parts = [header, this.plot, note ? element("p", "braid-note", note) : null, this.reading];
     this.element.replaceChildren(...parts.filter((part) => part != null));
-    const whole = [`${this.chart.name}, ${title}`, subtitle, note].filter(Boolean).join(". ");
+    const whole = [`${this.chart.name()}, ${title}`, subtitle, note].filter(Boolean).join(". ");
     this.element.setAttribute("tabindex", "0");
     this.element.setAttribute("role", "slider");
-    this.element.setAttribute("aria-label", whole.replaceAll(" · ", ", "));
+    this.element.setAttribute("aria-label", spoken(whole));
   }
 
   #focused(byKeyboard) {
@@ -140,18 +141,23 @@ export class ChartFace {
     this.cursor = index < columns.length ? index : -1;
     for (const [each, rect] of columns.entries()) rect.classList.toggle("braid-on", each === this.cursor);
     const text = columns[this.cursor]?.dataset.reading;
-    const hint = this.keys && columns.length ? HINT : "";
-    this.reading.textContent = text ?? hint;
+    const hint = words("arrow keys read the chart, column by column");
+    this.reading.textContent = text ?? (this.keys && columns.length ? hint : "");
     this.element.setAttribute("aria-valuemin", "0");
     this.element.setAttribute("aria-valuemax", String(columns.length));
     this.element.setAttribute("aria-valuenow", String(this.cursor + 1));
-    this.element.setAttribute("aria-valuetext", text ?? HINT);
+    this.element.setAttribute("aria-valuetext", spoken(text ?? hint));
   }
 
   /** @returns {SVGElement[]} */
   #columns() {
     return [...this.plot.querySelectorAll(".braid-column")];
   }
+}
+
+/** A text without the dots between its parts, which a screen reader would read out. */
+function spoken(text) {
+  return text.replaceAll(" · ", ", ");
 }
 
 /** Index of a column among its siblings; -1 for anything else. */

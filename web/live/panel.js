@@ -1,6 +1,7 @@
 // @ts-check
 // The clockwork of every live chart: watches, asks, shows. Knows no ComfyUI and no chart.
 
+import { words } from "../language/texts.js";
 import { ChartFace } from "./face.js";
 
 const LOOK_EVERY_MS = 100;
@@ -120,7 +121,7 @@ export class LivePanel {
       const answer = await this.#asked(question);
       if (answer) this.#answered(question, answer);
     } catch (error) {
-      this.#answered(question, { error: `This chart failed: ${/** @type {Error} */ (error).message}` });
+      this.#answered(question, { error: words("This chart failed: {error}", { error: /** @type {Error} */ (error).message }) });
     }
   }
 

@@ -1,37 +1,46 @@
 // @ts-check
 // The steps a run will skip, as SVG: draws the numbers of nodes/magcache/live.py, decides nothing.
 
+import { said, words } from "../language/texts.js";
 import { COLOURS, column, label, line, short, svg } from "../live/svg.js";
 
 const MARGIN = { left: 48, right: 14, top: 6, bottom: 30 };
 const STRIP = 20;
 const ROOM_FOR_STEP = 38;
 
-/** @type {import("../live/face.js").Heading["legend"]} */
-const LEGEND = [
-  ["computed", COLOURS.line, "bar"],
-  ["skipped", COLOURS.grid, "bar"],
-  ["error since a computed step", COLOURS.second, "bar"],
-];
-
-export const name = "Steps that MagCache skips";
+export const name = () => words("Steps that MagCache skips");
 
 /** What stands above the plot. @param {any} answer strip() of nodes/magcache/live.py */
 export function heading({ computed, steps, speedup, warnings, ...rest }) {
-  const more = warnings.length > 1 ? ` (and ${warnings.length - 1} more)` : "";
+  const saved = words("{speedup}× fewer evaluations", { speedup: speedup.toFixed(2) });
+  const title = words("{computed} of {steps} steps computed", { computed, steps });
   return {
-    title: `${computed} of ${steps} steps computed${computed < steps ? ` · ${speedup.toFixed(2)}× fewer evaluations` : ""}`,
+    title: computed < steps ? `${title} · ${saved}` : title,
     subtitle: subtitle(rest),
-    legend: LEGEND,
-    note: warnings.length ? `${warnings[0]}${more}` : undefined,
+    legend: legend(),
+    note: warnings.length ? note(warnings) : undefined,
   };
 }
 
+/** @returns {import("../live/face.js").Heading["legend"]} */
+function legend() {
+  return [
+    [words("computed"), COLOURS.line, "bar"],
+    [words("skipped"), COLOURS.grid, "bar"],
+    [words("error since a computed step"), COLOURS.second, "bar"],
+  ];
+}
+
+function note([warning, ...more]) {
+  const first = said(warning);
+  return more.length ? words("{first} (and {count} more)", { first, count: more.length }) : first;
+}
+
 function subtitle({ name, rule, predict, total_error, predicted_rms }) {
-  const how = rule === "planned" ? `planned, ${predict}` : "magcache, reuse";
-  const expected = !predicted_rms ? "" : ` · predicted error ${short(predicted_rms)} (latent RMS)`;
-  const gathered = rule === "planned" || !total_error ? "" : ` · error up to ${short(total_error)}`;
-  return `${name} · ${how}${gathered}${expected}`;
+  const parts = [said(name), rule === "planned" ? `planned, ${predict}` : "magcache, reuse"];
+  if (rule !== "planned" && total_error) parts.push(words("error up to {error}", { error: short(total_error) }));
+  if (predicted_rms) parts.push(words("predicted error {error} (latent RMS)", { error: short(predicted_rms) }));
+  return parts.join(" · ");
 }
 
 /**
@@ -75,9 +84,9 @@ function errors({ steps, accumulated }, { left, right, bottom }, step) {
     ...stepLabels(steps, right - left).map((index) =>
       label(left + (index + 0.5) * step, bottom + 12, String(index + 1), { anchor: "middle" }),
     ),
-    label(middle, bottom + 25, "sampling step", { anchor: "middle" }),
+    label(middle, bottom + 25, words("sampling step"), { anchor: "middle" }),
   ];
-  if (top <= 0) return [...axis, label(middle, (roof + bottom) / 2, "no step is skipped", { anchor: "middle" })];
+  if (top <= 0) return [...axis, label(middle, (roof + bottom) / 2, words("no step is skipped"), { anchor: "middle" })];
   const bars = accumulated.map((value, index) => {
     const tall = (value / top) * (bottom - roof);
     return svg("rect", {
@@ -100,8 +109,10 @@ function stepLabels(steps, pixels) {
 function columns({ steps, skipped, sigmas, accumulated }, { left, bottom }, step) {
   const skips = new Set(skipped);
   return Array.from({ length: steps }, (_, index) => {
-    const done = skips.has(index) ? `skipped, error ${short(accumulated[index])}` : "computed";
-    const reading = `step ${index + 1} of ${steps}, σ ${short(sigmas[index], 4)}: ${done}`;
+    const error = short(accumulated[index]);
+    const done = skips.has(index) ? words("skipped, error {error}", { error }) : words("computed");
+    const at = { step: index + 1, steps, sigma: short(sigmas[index], 4), done };
+    const reading = words("step {step} of {steps}, σ {sigma}: {done}", at);
     return column(left + index * step, left + (index + 1) * step, MARGIN.top, bottom, reading);
   });
 }

@@ -1,23 +1,28 @@
 // @ts-check
 // The timestep preview as SVG: draws the numbers of nodes/timesteps/nodes.py and computes no distribution.
 
+import { said, words } from "../language/texts.js";
 import { COLOURS, clipped, column, gap, label, line, path, short, svg, ticks } from "../live/svg.js";
 
 const MARGIN = { left: 36, right: 12, top: 22, bottom: 32 };
 const LOSS_SHARE = 0.34;
 const LOSS_GAP = 24;
 
-export const name = "Timestep distribution";
+export const name = () => words("Timestep distribution");
 
 /** What stands above the plot. @param {any} answer chart_json of nodes/timesteps/nodes.py */
 export function heading({ title, subtitle, effective, run }) {
   const legend = [
-    ["drawn", COLOURS.bars, "bar"],
-    ["density", COLOURS.line, "line"],
-    effective && ["density × loss weight", COLOURS.second, "dashed"],
-    run && [`drawn by the run (${run.samples})`, COLOURS.third, "line"],
+    [words("drawn"), COLOURS.bars, "bar"],
+    [words("density"), COLOURS.line, "line"],
+    effective && [words("density × loss weight"), COLOURS.second, "dashed"],
+    run && [words("drawn by the run ({count})", { count: run.samples }), COLOURS.third, "line"],
   ];
-  return { title, subtitle, legend: legend.filter(Boolean) };
+  return {
+    title: title.map(said).join(", "),
+    subtitle: subtitle.map(said).join(" · "),
+    legend: legend.filter(Boolean),
+  };
 }
 
 /**
@@ -74,7 +79,7 @@ function axes(x, y, top, split, bottom) {
       line(x(value), MARGIN.top, x(value), bottom),
       label(x(value), bottom + 12, value.toFixed(1), { anchor: "middle" }),
     ]),
-    label(x(0.5), bottom + 26, "noise level t   (1 = pure noise)", { anchor: "middle" }),
+    label(x(0.5), bottom + 26, words("noise level t   (1 = pure noise)"), { anchor: "middle" }),
     ...logSnr(x(1) - x(0)).flatMap((snr) => {
       const at = x(1 / (1 + Math.exp(snr / 2)));
       const text = snr === 0 ? "log-SNR 0" : `${snr > 0 ? "+" : "−"}${Math.abs(snr)}`;
@@ -141,7 +146,7 @@ function lossPanel({ statistics, run }, x, top, bottom) {
     ...dots,
     line(x(0), bottom, x(1), bottom, { stroke: COLOURS.faint }),
     label(x(0) - 5, top + 6, short(most, 2), { anchor: "end" }),
-    label(x(0), top - 8, "loss of the run, mean ± standard error"),
+    label(x(0), top - 8, words("loss of the run, mean ± standard error")),
   ];
 }
 
@@ -153,10 +158,12 @@ function columns(answer, x, bottom) {
 function reading({ statistics, run }, index) {
   const { bins, counts, samples } = statistics;
   const share = ((100 * counts[index]) / samples).toFixed(2);
-  const planned = `t ${bins[index].toFixed(3)} to ${bins[index + 1].toFixed(3)}: ${counts[index]} draws, ${share} %`;
+  const [low, high] = [bins[index].toFixed(3), bins[index + 1].toFixed(3)];
+  const planned = words("t {low} to {high}: {count} draws, {share} %", { low, high, count: counts[index], share });
   if (!run) return planned;
-  const loss = run.loss[index];
-  const error = run.loss_error[index] == null ? "" : ` ± ${short(run.loss_error[index], 2)}`;
-  const lost = loss == null ? "" : `, loss ${short(loss)}${error}`;
-  return `${planned}; the run drew ${run.counts[index]} of ${run.samples}${lost}`;
+  const { loss, loss_error, samples: all } = run;
+  const ran = words("the run drew {count} of {all}", { count: run.counts[index], all });
+  if (loss[index] == null) return `${planned} · ${ran}`;
+  const error = loss_error[index] == null ? "" : ` ± ${short(loss_error[index], 2)}`;
+  return `${planned} · ${ran} · ${words("loss {loss}", { loss: `${short(loss[index])}${error}` })}`;
 }

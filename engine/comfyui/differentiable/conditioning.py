@@ -9,7 +9,7 @@ import comfy.conds
 import comfy.sampler_helpers
 import comfy.samplers
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 UNTRAINABLE = {
     "control": "a ControlNet",
@@ -57,7 +57,8 @@ def encode(
     """`conditioning` (one CONDITIONING) through the model's own `extra_conds`, for one item.
 
     `latents` (1, C, ...) are what the model is trained on, already in the model's own scale.
-    `guidance` replaces the distilled guidance that the conditioning asks for.
+    `guidance` replaces the distilled guidance that the conditioning asks for, in networks that
+    embed one.
     """
     if len(conditioning) != 1:
         raise ValueError(
@@ -74,7 +75,7 @@ def encode(
         if key in conditioning[0][1]:
             raise ValueError(f"conditioning with {what} ({key!r}) cannot be trained on; remove it")
     conds = comfy.sampler_helpers.convert_cond(conditioning)
-    if guidance is not None:
+    if guidance is not None and _embeds_guidance(model.diffusion_model):
         conds[0]["guidance"] = guidance
     conds = comfy.samplers.encode_model_conds(
         model.extra_conds,
@@ -112,6 +113,15 @@ def groups(items: Sequence[Conditioning]) -> list[list[int]]:
     for index, item in enumerate(items):
         by_key.setdefault(item.key, []).append(index)
     return list(by_key.values())
+
+
+def _embeds_guidance(network: nn.Module) -> bool:
+    """Whether the distilled guidance is a setting of this network.
+
+    Chroma takes a guidance too, which is always 0: it was distilled away.
+    """
+    embedding = getattr(network, "guidance_in", None)
+    return isinstance(embedding, nn.Module) and any(True for _ in embedding.parameters())
 
 
 def _cloned(value: Any) -> Any:

@@ -54,6 +54,8 @@ class ComfyDenoiser:
         self._guidance = guidance
         self._unproven = may_need_guard
         self._session = session
+        self.forward_calls = 0
+        """Calls of the network that gradients were taken of."""
 
     @property
     def diffusion_model(self) -> nn.Module:
@@ -101,8 +103,11 @@ class ComfyDenoiser:
         """The network's own output (B, C, ...) in float32, not yet a denoised image.
 
         `noised` (B, C, ...) on any device, `t` (B,) in [0, 1], one conditioning per item. Prompts
-        of different lengths are computed one after the other: padding would change them.
+        of different lengths are computed one after the other: padding would change them, or cost
+        the faster attention where a mask hides it.
         """
+        if torch.is_grad_enabled():
+            self.forward_calls += len(groups(conditioning))
         output = self._output(noised, t, conditioning)
         if self._unproven and output.requires_grad:
             self._unproven = False
@@ -210,7 +215,8 @@ def training_session(
     """Load `patcher`'s model and make it differentiable; everything is undone on the way out.
 
     `compute_dtype`: what the base computes in, whatever its weights are stored in.
-    `guidance`: replaces the distilled guidance of the conditioning (FLUX dev, HunyuanVideo).
+    `guidance`: replaces the distilled guidance of the conditioning in networks that embed one (FLUX
+    dev, HunyuanVideo).
     `offload`: keep as little of the model on the device as the host can.
     `latents_shape`: a batch of latents at its largest, for the host's estimate of memory.
     """

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -21,6 +22,8 @@ from ...training.states.room import refuse_without_room, room_needed, tight
 from ...training.states.saving import Saver, free_folder
 from .records import Resolved, musubi_fields, timestep_range
 
+GO_ON = "To go on, link Checkpoints and Resume with resume = latest, and run again"
+
 
 class RunFiles:
     """Writes what a run leaves behind, and reads what it goes on from."""
@@ -29,14 +32,16 @@ class RunFiles:
         self,
         resolved: Resolved,
         run: TrainingRun,
+        root: Path,
         spare_folders: Sequence[Path],
         warn: Callable[[str], None],
     ) -> None:
-        """spare_folders: where a LoRA goes that finds no room in its own. warn: says what went
-        wrong without ending the run."""
+        """root: what messages name the run's folder from. spare_folders: where a LoRA goes that
+        finds no room in its own. warn: says what went wrong without ending the run."""
         self._resolved = resolved
         self._job = resolved.job
         self._run = run
+        self._root = root
         self._spare_folders = spare_folders
         self._warn = warn
         self.finished: Path | None = None
@@ -89,7 +94,7 @@ class RunFiles:
         """Save what there is, and say where, without hiding why the run stopped."""
         saver, run = self.saver, self._run
         if saver.has_saved(run.step):
-            return f"step {run.step} is saved in {saver.folder}; resume from the .state file there"
+            return f"it is saved in {self._where}. {GO_ON}"
         try:
             path = saver.save_adapter(run)
         except NotWrittenError as error:
@@ -97,16 +102,18 @@ class RunFiles:
         try:
             saver.save_state(run)
         except (NotWrittenError, ValueError) as error:
-            return f"saved {path}, but no state to resume it from ({error})"
+            return f"saved {path.name} in {self._where}, but no state to go on from ({error})"
         saver.prune(run)
-        return f"saved {path}; resume from the .state file beside it"
+        return f"saved {path.name} and its state in {self._where}. {GO_ON}"
+
+    @property
+    def _where(self) -> str:
+        return os.path.relpath(self.saver.folder, self._root).replace(os.sep, "/")
 
     def _what_is_left(self) -> str:
         """Of a run that stopped where nothing could be saved."""
         step, spare = self.saver.last_saved, self._saved_elsewhere()
-        kept = (
-            f"step {step} is the last saved, in {self.saver.folder}" if step else "nothing is saved"
-        )
+        kept = f"step {step} is the last saved, in {self._where}" if step else "nothing is saved"
         return f"the LoRA of this step is in {spare}; {kept}" if spare else kept
 
     def save_finished(self) -> AdapterStateDict:

@@ -1,4 +1,4 @@
-"""Latents and conditioning, as core's dataset nodes give them, paired into single items."""
+"""Latents and conditioning, as core's dataset nodes give them, as single items for the loop."""
 
 import logging
 from collections.abc import Sequence
@@ -6,6 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from ...timesteps.sampling import TimestepSampling
+from ...training.dataset import TrainingItem
+from ..differentiable.denoiser import ComfyDenoiser
 
 logger = logging.getLogger("comfyui_braid.training")
 
@@ -43,6 +47,32 @@ def pair_items(latents: Sequence[dict[str, Any]], positive: Sequence[list]) -> l
             "conditioning per latent, or exactly one for all"
         )
     return list(zip(singles, entries, strict=True))
+
+
+def prepared(
+    denoiser: ComfyDenoiser, pairs: Sequence[Pair], sampling: TimestepSampling
+) -> list[TrainingItem]:
+    """The items as the loop takes them; ValueError for what the model or the noise levels do not
+    fit."""
+    ready = [denoiser.prepare(samples, positive) for samples, positive in pairs]
+    denoiser.check(ready)
+    for height, width in {latents.shape[-2:] for latents, _ in ready}:
+        sampling.distribution(height, width)
+    return [
+        TrainingItem(
+            latents=latents[0],
+            conditioning=conditioning,
+            batch_key=tuple(latents.shape[1:]),
+        )
+        for latents, conditioning in ready
+    ]
+
+
+def mixes_prompts(items: Sequence[TrainingItem]) -> bool:
+    """Whether items of one size have prompts that the network takes only one after the other."""
+    return len({item.batch_key for item in items}) < len(
+        {(item.batch_key, item.conditioning.key) for item in items}
+    )
 
 
 def _samples(latent: dict[str, Any]) -> list[Tensor]:

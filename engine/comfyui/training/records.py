@@ -36,11 +36,13 @@ class Resolved:
     """The estimate, in words."""
     folder: Path
     """Where the run saves."""
+    mixes_prompts: bool
+    """Whether a batch may hold prompts of different lengths."""
 
     @property
     def identity(self) -> Identity:
         """What a state must share with this run to be resumed by it."""
-        return identity(self.job, self.optimizer, self.layers)
+        return identity(self.job, self.optimizer, self.layers, self.mixes_prompts)
 
     def record(self) -> dict[str, Any]:
         """The configuration without paths of this machine; plain JSON, for files and logs."""
@@ -80,6 +82,9 @@ class Outcome:
     seconds_per_step: float
     """NaN where no step was made."""
     first_step_seconds: float
+    forward_calls_per_step: float
+    """Calls of the network in a step of this session: more than batches where prompts of different
+    lengths share one."""
     compiled: str
 
     @property
@@ -94,6 +99,7 @@ class Outcome:
             "steps_done": self.steps_done,
             "seconds_per_step": _seconds(self.seconds_per_step),
             "first_step_seconds": _seconds(self.first_step_seconds),
+            "forward_calls_per_step": round(self.forward_calls_per_step, 2),
             "compiled": self.compiled,
         }
 

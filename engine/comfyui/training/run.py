@@ -5,13 +5,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+import comfy.model_management
 import torch
 from comfy.model_patcher import ModelPatcher
 
 from ...ema.shadows import SIGMA_RELS
 from ...network.attach import Network, attached, build_network, parameter_groups
 from ...network.targets import TargetReport, select_targets
-from ...timesteps.sampling import TimestepSampling
 from ...timesteps.stream import TimestepStream
 from ...training.dataset import Dataset, TrainingItem
 from ...training.job import TrainingJob
@@ -27,7 +27,7 @@ from ..model import architecture_of, diffusion_model_of, has_fp8_weights
 from ..progress import reported
 from .files import RunFiles, check_writable
 from .inputs import TrainingInputs
-from .items import Pair
+from .items import mixes_prompts, prepared
 from .live_picture import LivePicture
 from .memory import MemoryEstimate, estimate_memory, refuse_if_too_large
 from .preview import Previewer, previewed
@@ -69,18 +69,16 @@ def train_lora(job: TrainingJob, inputs: TrainingInputs, say: Callable[[str], No
     check_writable(folder, targets.parameters)
     with ExitStack() as stack:
         denoiser, compilation = _open_session(stack, job, inputs)
-        items = _prepare(denoiser, inputs.pairs, job.timesteps)
-        held_out = _prepare(denoiser, inputs.held_out, job.timesteps)
+        items = prepared(denoiser, inputs.pairs, job.timesteps)
+        held_out = prepared(denoiser, inputs.held_out, job.timesteps)
         network = build_network(
             targets.selected, job.network, job.plan.seed, _compute_dtype(job, patcher)
         ).to(denoiser.device)
         stack.enter_context(attached(denoiser.diffusion_model, network))
         run = _build_run(job, denoiser, network, items)
-        resolved = _resolved(job, patcher, targets, run, estimate, folder)
-        files = RunFiles(resolved, run, inputs.spare_folders, warn)
-        if state_file:
-            files.resume(state_file)
-            say(f"resumed at step {run.step} from {state_file.name}")
+        resolved = _resolved(job, patcher, targets, run, estimate, folder, mixes_prompts(items))
+        files = RunFiles(resolved, run, inputs.loras.parents[1], inputs.spare_folders, warn)
+        started_at = _resume(run, files, state_file, say)
         files.warn_if_tight()
         steps = files.shadowed(compiled_steps(run, compilation))
         if job.validation:
@@ -101,6 +99,7 @@ def train_lora(job: TrainingJob, inputs: TrainingInputs, say: Callable[[str], No
         steps_done=run.step,
         seconds_per_step=run.seconds_per_step,
         first_step_seconds=run.first_step_seconds,
+        forward_calls_per_step=denoiser.forward_calls / max(run.step - started_at, 1),
         compiled=compilation.state,
     )
 
@@ -142,6 +141,16 @@ def _rehearse(job: TrainingJob, patcher: ModelPatcher, targets: TargetReport) ->
         rehearse(job.optimizer, groups, job.plan.steps)
 
 
+def _resume(
+    run: TrainingRun, files: RunFiles, state_file: Path | None, say: Callable[[str], None]
+) -> int:
+    """Take the run to its state, if it has one; the steps that are done."""
+    if state_file:
+        files.resume(state_file)
+        say(f"resumed at step {run.step} from {state_file.name}")
+    return run.step
+
+
 def _compute_dtype(job: TrainingJob, patcher: ModelPatcher) -> torch.dtype:
     chosen = COMPUTE_DTYPES.get(job.plan.mixed_precision)
     return chosen or patcher.model.get_dtype_inference()
@@ -157,10 +166,19 @@ def _train(
             pass
     except BaseException as reason:
         if run.step > started_at:
-            text = f"stopped at step {run.step} ({type(reason).__name__}); {files.rescue()}"
+            text = f"{_ended(reason)} at step {run.step}; {files.rescue()}"
             logger.warning(text)
             say(text)
         raise
+
+
+def _ended(reason: BaseException) -> str:
+    """How a run ended early; of an error the node says the rest."""
+    if isinstance(reason, comfy.model_management.InterruptProcessingException):
+        return "cancelled"
+    return (
+        "out of memory" if isinstance(reason, comfy.model_management.OOM_EXCEPTION) else "stopped"
+    )
 
 
 def _watched(
@@ -228,6 +246,7 @@ def _resolved(
     run: TrainingRun,
     estimate: MemoryEstimate,
     folder: Path,
+    mixes_prompts: bool,
 ) -> Resolved:
     return Resolved(
         job=job,
@@ -241,26 +260,8 @@ def _resolved(
         has_fp8_weights=has_fp8_weights(patcher),
         memory=estimate.text,
         folder=folder,
+        mixes_prompts=mixes_prompts,
     )
-
-
-def _prepare(
-    denoiser: ComfyDenoiser, pairs: Sequence[Pair], sampling: TimestepSampling
-) -> list[TrainingItem]:
-    """The items as the loop takes them; ValueError for what the model or the noise levels do not
-    fit."""
-    prepared = [denoiser.prepare(samples, positive) for samples, positive in pairs]
-    denoiser.check(prepared)
-    for height, width in {latents.shape[-2:] for latents, _ in prepared}:
-        sampling.distribution(height, width)
-    return [
-        TrainingItem(
-            latents=latents[0],
-            conditioning=conditioning,
-            batch_key=(tuple(latents.shape[1:]), conditioning.key),
-        )
-        for latents, conditioning in prepared
-    ]
 
 
 def _estimate(job: TrainingJob, inputs: TrainingInputs, targets: TargetReport) -> MemoryEstimate:

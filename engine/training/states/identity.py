@@ -27,6 +27,7 @@ OF_THE_PLAN = (
     "scale_weight_norms",
     "guidance",
 )
+BATCHES, ALIKE, MIXED = "batches", "of prompts of one length", "of prompts of any length"
 Layers = Sequence[tuple[str, LayerShape]]
 """(name, shape) of every adapted layer, in the model's order."""
 
@@ -55,9 +56,15 @@ class Identity:
         return None
 
 
-def identity(job: TrainingJob, optimizer: str, layers: Layers) -> Identity:
-    """Of the run that `job` describes; `optimizer` is the built optimizer's own description."""
-    same = _in_every_version(job, optimizer)
+def identity(
+    job: TrainingJob, optimizer: str, layers: Layers, mixes_prompts: bool = False
+) -> Identity:
+    """Of the run that `job` describes; `optimizer` is the built optimizer's own description.
+
+    mixes_prompts: whether prompts of different lengths share batches. Until that was so they were
+    batched apart, in another order.
+    """
+    same = _in_every_version(job, optimizer) | {BATCHES: MIXED if mixes_prompts else ALIKE}
     named = same | {
         "version": VERSION,
         "network": asdict(job.network),
@@ -89,6 +96,7 @@ def _in_every_version(job: TrainingJob, optimizer: str) -> dict[str, Any]:
 def _defaults() -> dict[str, Any]:
     plan = TrainingPlan(steps=1)
     return {
+        BATCHES: ALIKE,
         "network": asdict(NetworkSpec()),
         "timesteps": asdict(TimestepSampling()),
         **{name: getattr(plan, name) for name in OF_THE_PLAN},
