@@ -21,6 +21,7 @@ from typing import Any
 
 from aiohttp import web
 
+from ..engine.refusals import said
 from .live_node import DecidedByTheRunError, Kinds, LiveNode, parse_json, parse_live_node
 
 logger = logging.getLogger("comfyui_braid.live")
@@ -179,7 +180,7 @@ def computed(chart: Chart, node: LiveNode) -> dict[str, Any]:
         return {"error": _short(error)}
     except Exception as error:  # a damaged file, a full disk: the panel says so, not a lost reply
         logger.warning("live chart of %s", node.node_id, exc_info=True)
-        return {"error": f"{type(error).__name__}: {_short(error)} (the server's log says where)"}
+        return {"error": f"this chart cannot be drawn ({said(error)}); the server's log says where"}
 
 
 def _short(error: Exception) -> str:

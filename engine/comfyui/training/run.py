@@ -5,12 +5,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+import comfy.model_management
 import torch
 from comfy.model_patcher import ModelPatcher
 
 from ...ema.shadows import SIGMA_RELS
 from ...network.attach import Network, attached, build_network, parameter_groups
 from ...network.targets import TargetReport, select_targets
+from ...refusals import said
 from ...timesteps.sampling import TimestepSampling
 from ...timesteps.stream import TimestepStream
 from ...training.dataset import Dataset, TrainingItem
@@ -157,7 +159,9 @@ def _train(
             pass
     except BaseException as reason:
         if run.step > started_at:
-            text = f"stopped at step {run.step} ({type(reason).__name__}); {files.rescue()}"
+            is_cancel = isinstance(reason, comfy.model_management.InterruptProcessingException)
+            why = "cancelled" if is_cancel else said(reason)
+            text = f"stopped at step {run.step} ({why}); {files.rescue()}"
             logger.warning(text)
             say(text)
         raise

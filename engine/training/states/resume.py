@@ -7,6 +7,7 @@ from typing import Any
 from ...checkpoints import SHADOWS_SUFFIX, step_of
 from ...disk.reading import DamagedFileError, one_line, shown
 from ...files import read_header
+from ...refusals import said
 from ..loop import TrainingRun
 from .form import count_of, part_of
 from .identity import Identity
@@ -49,7 +50,7 @@ def resumed(run: TrainingRun, path: Path, identity: Identity) -> dict[str, Any]:
         run.load_state_dict(saved_run)
     except MISFITS as error:
         raise ValueError(
-            f"resume: {path.name} does not fit this run ({one_line(error, 300)}); resume with the "
+            f"resume: {path.name} does not fit this run ({said(error)}); resume with the "
             "settings it was saved with, or clear resume to start afresh"
         ) from error
     return {key: value for key, value in state.items() if key not in ("identity", "run")}
