@@ -15,7 +15,8 @@ import conftest  # noqa: E402, F401  makes the package importable
 from host.inprocess import import_comfyui  # noqa: E402
 
 from .harness import Tally, fuzz, input_of  # noqa: E402
-from .targets import FILES, TEXTS, Target  # noqa: E402
+from .target import Target  # noqa: E402
+from .targets import FILES, TEXTS  # noqa: E402
 
 PROCESSES = 2
 CHUNK = 2000
