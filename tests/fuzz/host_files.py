@@ -95,7 +95,7 @@ HOST_FILES = (
         make=container(flux_files),
         read=load_model,
         is_file=True,
-        long=2500,
+        long=2000,
     ),
     Target(name="fp8_lora", make=container(loras), read=merge_lora, is_file=True, long=2000),
 )

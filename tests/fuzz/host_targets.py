@@ -118,7 +118,7 @@ HOST_FILES = (
 )
 HOST_TEXTS = (
     STRANGE_LORAS,
-    Target(name="nodes", make=mutated_node, read=run_node, is_file=False, long=10_000),
+    Target(name="nodes", make=mutated_node, read=run_node, is_file=False, long=6000),
     Target(
         name="optimizer_args",
         make=text(*TYPED["optimizer_args"]),
@@ -136,7 +136,7 @@ HOST_TEXTS = (
         make=text(*TYPED["optimizer_class"]),
         read=name_optimizer,
         is_file=False,
-        long=3000,
+        long=2000,
     ),
     Target(
         name="sigma_rels",

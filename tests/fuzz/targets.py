@@ -93,7 +93,7 @@ FILES = (
         make=container(files.checkpoints),
         read=average_run,
         is_file=True,
-        long=4000,
+        long=2500,
     ),
     Target(name="shadows", make=container(files.shadows), read=rebuild_from_shadows, is_file=True),
     Target(
@@ -101,10 +101,10 @@ FILES = (
         make=container(files.states, with_checksum),
         read=resume,
         is_file=True,
-        long=4000,
+        long=3000,
     ),
     Target(name="models", make=container(files.models), read=quantise, is_file=True),
-    Target(name="shards", make=mutated_shards, read=quantise_shards, is_file=True, long=3000),
+    Target(name="shards", make=mutated_shards, read=quantise_shards, is_file=True, long=2000),
     Target(
         name="calibrations",
         make=mutated_calibration,
