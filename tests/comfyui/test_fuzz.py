@@ -12,7 +12,7 @@ from fuzz.host_targets import HOST_FILES, HOST_TEXTS  # noqa: E402
 from fuzz.typed import TYPED  # noqa: E402
 from fuzz.widgets import TYPED_COMBOS, USES  # noqa: E402
 
-INPUTS = 120
+INPUTS = 100
 
 
 @pytest.mark.parametrize("target", HOST_FILES, ids=lambda target: target.name)

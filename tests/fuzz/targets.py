@@ -56,6 +56,11 @@ def select(patterns: str, folder: Path) -> None:
     exclude = parse_patterns("exclude_patterns", patterns)
     spec = NetworkSpec(targets=TargetPatterns(exclude=exclude, include=exclude))
     select_targets(small_flux(), spec, files.FLUX)
+
+
+def select_for_fp8(patterns: str, folder: Path) -> None:
+    """Apart from the one above: each selection may take its time."""
+    exclude = parse_patterns("exclude_patterns", patterns)
     policy = Fp8Policy(patterns=LayerPatterns(include=exclude, exclude=exclude))
     policy.decide([name for name, _ in small_flux().named_modules()], "flux")
 
@@ -126,6 +131,13 @@ TEXTS = (
         read=select,
         is_file=False,
         long=3000,
+    ),
+    Target(
+        name="fp8_patterns",
+        make=text(*TYPED["include_patterns"], *TYPED["exclude_patterns"]),
+        read=select_for_fp8,
+        is_file=False,
+        long=2000,
     ),
     Target(
         name="mag_ratios",
