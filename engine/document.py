@@ -38,8 +38,8 @@ def _read(name: str, kind: Any, value: Any) -> Any:
         return _list(name, get_args(wanted)[0], value)
     if wanted is Path and isinstance(value, str):
         return Path(_checked(name, str, value))
-    if get_origin(wanted) is Mapping and isinstance(value, dict):
-        return value
+    if get_origin(wanted) is Mapping:
+        return _checked(name, dict, value)
     if get_origin(wanted) is Literal and value not in get_args(wanted):
         raise ValueError(f"{name} is {shown(value)}; choose one of {', '.join(get_args(wanted))}")
     return _checked(name, str if get_origin(wanted) is Literal else wanted, value)

@@ -8,12 +8,34 @@ What was typed is quoted in full only where it is short: a stranger's text may b
 
 import difflib
 import math
+import re
 from collections.abc import Collection
 
 LONGEST_QUOTE = 80
 """Characters of what was typed that a sentence repeats."""
 LONGEST_TEXT = 50_000
 """Characters of one text widget that are read."""
+_REASONS: dict[type[BaseException], str] = {
+    SystemExit: "it would end the program",
+    KeyboardInterrupt: "it would interrupt the program",
+    TypeError: "it needs a value of another kind",
+    AttributeError: "it needs a value of another kind",
+    LookupError: "something is missing",
+    ArithmeticError: "it cannot calculate with this",
+    AssertionError: "a check of its own fails",
+    NotImplementedError: "it cannot do this",
+    RecursionError: "something is nested too deeply",
+    MemoryError: "there is too little memory",
+    SyntaxError: "its code is broken",
+}
+"""What the commonest errors mean to somebody who does not know Python; the first that fits."""
+_PYTHONS_WORDS = (
+    (re.compile(r"Traceback \(most recent.*", re.DOTALL), ""),
+    (re.compile(r"\b(?:\w+\.)*[A-Z]\w*(?:Error|Exception)\b:? ?"), ""),
+    (re.compile(r"<class '([^']*)'>"), r"\1"),
+    (re.compile(r" object at 0x[0-9a-fA-F]+"), ""),
+    (re.compile(r"\bNoneType\b"), "None"),
+)
 
 
 def shortened(text: str, limit: int = LONGEST_QUOTE) -> str:
@@ -25,8 +47,13 @@ def shortened(text: str, limit: int = LONGEST_QUOTE) -> str:
 
 
 def said(error: BaseException) -> str:
-    """What an error of somebody else's code says, as part of a sentence."""
-    return shortened(f"{type(error).__name__}: {error}".rstrip(": ."), 300)
+    """What an error of somebody else's code says, as part of a sentence, without Python's words."""
+    reason = next((reason for kind, reason in _REASONS.items() if isinstance(error, kind)), "")
+    text = error.strerror or str(error) if isinstance(error, OSError) else str(error)
+    for words, plain in _PYTHONS_WORDS:
+        text = words.sub(plain, text)
+    parts = (reason, shortened(text.strip(" :."), 300))
+    return ": ".join(part for part in parts if part) or "it does not say why"
 
 
 def quoted(text: str) -> str:

@@ -22,6 +22,7 @@ from typing import Any
 
 from aiohttp import web
 
+from ..engine.refusals import said
 from ..engine.texts import Text, told
 from .live_node import DecidedByTheRunError, Kinds, LiveNode, parse_json, parse_live_node
 
@@ -181,7 +182,7 @@ def computed(chart: Chart, node: LiveNode) -> dict[str, Any]:
         return {"error": _sentence(error)}
     except Exception as error:  # a damaged file, a full disk: the panel says so, not a lost reply
         logger.warning("live chart of %s", node.node_id, exc_info=True)
-        return {"error": f"{type(error).__name__}: {_short(error)} (the server's log says where)"}
+        return {"error": f"this chart cannot be drawn ({said(error)}); the server's log says where"}
 
 
 def _sentence(error: Exception) -> str:

@@ -6,18 +6,20 @@ folders of models. A folder in user/ that begins with two underscores belongs to
 keeps those for itself, gives them to none of its routes, and lets no user be called like that.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import folder_paths
 
-from ..engine.refusals import did_you_mean, shortened
+from ..engine.disk.reading import read_json
+from ..engine.refusals import did_you_mean, said, shortened
 from .outputs import output_folder
 
 SETTINGS = ("optimizers",)
 """The keys of the file."""
+DEEPEST = 4
+"""Brackets in each other in it; there are two."""
 
 
 def settings_file() -> Path:
@@ -43,9 +45,9 @@ def _settings() -> dict[str, Any]:
         return {}
     _refuse_reachable(path)
     try:
-        settings = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: cannot be read as JSON ({error})") from error
+        settings = read_json(path, DEEPEST)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({said(error)})") from error
     if not isinstance(settings, dict):
         raise ValueError(f'{path}: must hold a JSON object such as {{"optimizers": []}}')
     for key in settings:

@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 from ..engine.comfyui.playground import load_playground_model
 from ..engine.playground import captions, glyphs
+from ..engine.refusals import refuse_below
 from . import sockets
 
 MOST_PIXELS = 64_000_000
@@ -145,6 +146,7 @@ class BraidPlaygroundDecode(io.ComfyNode):
 
     @classmethod
     def execute(cls, latent: dict, scale: int = 8) -> io.NodeOutput:
+        refuse_below("scale", scale, 1)
         samples = latent["samples"]
         if samples.ndim != 4 or samples.shape[1] != 16:
             raise ValueError(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..files import write_safetensors
-from ..refusals import refuse_below
+from ..refusals import refuse_below, shortened
 from .profile import (
     gamma_from_sigma_rel,
     power_beta,
@@ -113,10 +113,11 @@ class Shadows:
         ours = self.state_dict()
         if not isinstance(state, Mapping):
             raise ValueError("EMA shadows: the saved state holds none; resume without ema_shadows")
-        for key in sorted(ours.keys() ^ state.keys()):
+        for key in sorted(ours.keys() ^ state.keys(), key=str):
             raise ValueError(
-                f"EMA shadows: {key} is {'missing in' if key in ours else 'only in'} the saved "
-                "state; resume with the network and the shadows the run was started with"
+                f"EMA shadows: {shortened(str(key))} is "
+                f"{'missing in' if key in ours else 'only in'} the saved state; resume with the "
+                "network and the shadows the run was started with"
             )
         for key, tensor in ours.items():
             saved = state[key]

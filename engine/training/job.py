@@ -12,6 +12,7 @@ from typing import Any
 from ..disk.reading import parse_json
 from ..document import object_from
 from ..network.spec import NetworkSpec
+from ..refusals import shortened
 from ..timesteps.sampling import TimestepSampling
 from .optimizers.optimizer import OptimizerSpec
 from .options import Checkpointing, Compilation, Preview, TrainingLog, Validation
@@ -113,7 +114,7 @@ def _unknown(given: Any, known: Any, prefix: str = "") -> str:
         return ""
     for name, value in given.items():
         if name not in known:
-            return f"{prefix}{name}"[:80]
+            return shortened(f"{prefix}{name}")
         if deeper := _unknown(value, known[name], f"{prefix}{name}."):
             return deeper
     return ""

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ..refusals import said
 from .history import StepRecord, ValidationRecord
 from .loop import TrainingRun
 from .options import TrainingLog
@@ -108,8 +109,7 @@ class TrainingLogs:
             try:
                 act(tracker)
             except Exception as error:  # a full disk, or whatever W&B makes of a lost connection
-                reason = getattr(error, "strerror", None) or error
-                self._warn(f"logging stops here, training goes on ({reason})")
+                self._warn(f"logging stops here, training goes on ({said(error)})")
                 self._trackers.remove(tracker)
 
 
@@ -216,7 +216,7 @@ class _WandB:
             )
         except wandb.Error as error:
             raise ValueError(
-                f"log_with wandb: W&B does not start ({error}); start ComfyUI with "
+                f"log_with wandb: W&B does not start ({said(error)}); start ComfyUI with "
                 "WANDB_MODE=offline, or log with tensorboard"
             ) from error
 

@@ -19,7 +19,7 @@ from .objective import Denoiser, denoising_losses
 from .optimizers.optimizer import Optimization
 from .plan import TrainingPlan
 from .seeds import derived_seed, torch_generator
-from .states.form import check_like, count_of, part_of
+from .states.form import check_like, count_of, misfits_refused, part_of
 
 READ_EVERY_ON_DEVICE = 10
 """Steps between two reads of the losses from an accelerator; each read is a host sync."""
@@ -87,6 +87,8 @@ class TrainingRun:
         self._warming_up = False
         self.first_step_seconds = math.nan
         """Of this session; compiling and warming up happen in it."""
+        self.resumed_from = ""
+        """The state file that the next step goes on from."""
 
     @property
     def batches_per_epoch(self) -> int:
@@ -212,7 +214,9 @@ class TrainingRun:
         norm = nn.utils.clip_grad_norm_(parameters, limit)
         if not self._scaler.is_enabled():
             _drop_if_not_finite(parameters, norm)
-        self._scaler.step(optimizer)
+        with misfits_refused(self.resumed_from):  # only this step knows what it needs of a state
+            self._scaler.step(optimizer)
+        self.resumed_from = ""
         self._scaler.update()
         self.optimization.advance()
         optimizer.zero_grad(set_to_none=True)

@@ -64,8 +64,9 @@ def test_the_file_may_begin_with_the_mark_that_windows_editors_write(user_folder
 @pytest.mark.parametrize(
     "content, sentence",
     [
-        ("{", "cannot be read as JSON"),
-        ("[" * 100_000, "cannot be read as JSON"),
+        ("{", r"not JSON \(Expecting"),
+        ("[" * 100_000, "JSON with more than 4 brackets in each other"),
+        ('{"optimizers": [], "optimizers": ["a.B"]}', "twice"),
         ("[]", "must hold a JSON object"),
         ('{"optimisers": []}', "did you mean optimizers"),
         ('{"optimizers": "a.B"}', "must be a list of classes"),

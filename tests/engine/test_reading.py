@@ -105,7 +105,7 @@ def test_a_header_of_a_hundred_megabytes_takes_no_more_memory_than_a_few_times_i
     piece, size, tmp_path
 ):
     harness = pytest.importorskip("fuzz.harness", reason="children are made by fork")
-    from fuzz.targets import Target
+    from fuzz.target import Target
 
     path = container(tmp_path / "damaged.safetensors", b'{"a":[' + piece * (size // len(piece)))
     target = Target(

@@ -12,6 +12,7 @@ from comfyui_braid.engine.refusals import (
     refuse_not_positive,
     refuse_other,
     refuse_outside,
+    said,
 )
 
 SORTS = ("step", "mtime", "given")
@@ -57,3 +58,22 @@ def test_a_megabyte_is_compared_and_repeated_only_in_part():
         refuse_other("sort", "step" * 250_000, SORTS)
     assert len(str(refusal.value)) < 200
     assert did_you_mean("x" * 1_000_000, ["x" * 100, *SORTS])
+
+
+@pytest.mark.parametrize(
+    "error, sentence",
+    [
+        (ValueError("Invalid beta: 2."), "Invalid beta: 2"),
+        (TypeError("bad operand 'NoneType'"), "it needs a value of another kind: bad operand "
+         "'None'"),
+        (KeyError("step"), "something is missing: 'step'"),
+        (AssertionError(), "a check of its own fails"),
+        (RuntimeError(), "it does not say why"),
+        (RuntimeError("TypeError: a <class 'float'>\nand <a.B object at 0x7f3>"), "a float and "
+         "<a.B>"),
+        (OSError(13, "Permission denied", "/secret"), "Permission denied"),
+        (RuntimeError("x" * 5000), "x" * 300 + " …"),
+    ],
+)  # fmt: skip
+def test_errors_of_others_are_said_without_pythons_words(error, sentence):
+    assert said(error) == sentence

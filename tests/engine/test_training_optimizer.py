@@ -147,8 +147,10 @@ def test_an_unknown_optimizer_argument_is_refused_and_names_the_known_ones():
 
 
 def test_an_optimizer_argument_of_the_wrong_kind_is_refused_with_its_value():
-    with pytest.raises(ValueError, match="optimizer_args: AdamW refuses {'betas': 0.9}"):
+    with pytest.raises(ValueError, match="optimizer_args: AdamW refuses {'betas': 0.9}") as told:
         run(OptimizerSpec(optimizer_args={"betas": 0.9}))
+    assert str(told.value).endswith("; by default it has betas=(0.9, 0.999)")
+    assert "TypeError" not in str(told.value)
 
 
 def test_adafactor_takes_its_learning_rate_under_its_dotted_name_too():

@@ -26,20 +26,20 @@ def spec(name="AdamW", **arguments):
     [
         (spec("SparseAdam"), "SparseAdam does not support dense gradients"),
         (spec(capturable=True), "capturable"),
-        (spec(betas=(0.9,)), "IndexError"),
+        (spec(betas=(0.9,)), "something is missing"),
         (spec(betas=(0.9, 0.99, 0.999)), "too many values to unpack"),
-        (spec(betas=()), "IndexError"),
-        (spec(betas="text"), "TypeError"),
+        (spec(betas=()), "something is missing"),
+        (spec(betas="text"), "it needs a value of another kind"),
         (spec(differentiable=True), "in-place operation"),
-        (spec(eps="nan"), "TypeError"),
+        (spec(eps="nan"), "it needs a value of another kind"),
         (spec(weight_decay=1e15), "first steps take weights of 0.1 to 1e"),
-        (spec("Adam", weight_decay="much"), "TypeError"),
+        (spec("Adam", weight_decay="much"), "it needs a value of another kind"),
         (spec("SGD", momentum=1e15), "first steps take weights"),
         (spec("Adagrad", initial_accumulator_value=1e15, eps=-1.0), "Invalid epsilon"),
-        (spec("Adadelta", rho=(1, 2)), "TypeError"),
+        (spec("Adadelta", rho=(1, 2)), "it needs a value of another kind"),
         (spec("Muon", ns_steps=10**7), "must be less than 100"),
-        (spec("Rprop", etas=(0.5,)), "IndexError"),
-        (spec("Adagrad", lr_decay=None), "TypeError"),
+        (spec("Rprop", etas=(0.5,)), "something is missing"),
+        (spec("Adagrad", lr_decay=None), "it needs a value of another kind"),
         (spec("AdamWScheduleFree", betas=0), "cannot unpack"),
         (spec("schedulefree.RAdamScheduleFree", r=10**7), "too large"),
     ],
@@ -83,7 +83,7 @@ class Exiting(torch.optim.SGD):
 @pytest.mark.parametrize("at", ["once", "step"])
 def test_an_optimizer_that_would_end_the_program_is_refused(at):
     settings = OptimizerSpec(optimizer_class=Exiting, optimizer_args={"at": at})
-    with pytest.raises(ValueError, match="SystemExit"):
+    with pytest.raises(ValueError, match="it would end the program"):
         rehearse(settings, groups(), 10)
 
 

@@ -222,6 +222,21 @@ def test_a_state_of_another_optimizer_is_refused_even_where_its_settings_were_eq
         resumed(other, find_state(tmp_path, "lora", "latest"), OURS)
 
 
+@pytest.mark.parametrize("value", [torch.zeros(3), torch.zeros(0), torch.tensor(1), None])
+def test_what_only_the_optimizer_sees_in_a_state_is_refused_at_its_first_step(value, tmp_path):
+    """The file is whole, with its checksum; what is in it is not an AdamW's."""
+    run_and_save(tmp_path / "lora", steps=4)
+    path = find_state(tmp_path, "lora", "lora/lora-step00000003.state")
+    state = read_state(path)
+    state["run"]["optimizer"]["optimizer"]["state"][0]["exp_avg"] = value
+    write_state(path, state)
+    run, model = make_run(dataclasses.replace(PLAN, steps=6))
+    resumed(run, path, OURS)
+    with pytest.raises(ValueError, match="lora-step00000003.state does not fit this run"):
+        train(run, model)
+    assert run.step == 3
+
+
 def test_a_difference_is_named_with_both_values(tmp_path):
     run_and_save(tmp_path / "lora")
     with pytest.raises(ValueError, match="seed 7, this run has 8"):

@@ -4,7 +4,9 @@ import resource
 import sys
 import time
 import traceback
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
 
@@ -15,10 +17,14 @@ import conftest  # noqa: E402, F401  makes the package importable
 from host.inprocess import import_comfyui  # noqa: E402
 
 from .harness import Tally, fuzz, input_of  # noqa: E402
-from .targets import FILES, TEXTS, Target  # noqa: E402
+from .target import Target  # noqa: E402
+from .targets import FILES, TEXTS  # noqa: E402
 
 PROCESSES = 2
 CHUNK = 2000
+HEADS = "target              " + "".join(
+    f"{head:>10}" for head in "inputs refused accepted crashes raw hangs memory MiB s".split()
+)
 FAILURES = TESTS.parent / "fuzz_failures"
 
 
@@ -37,9 +43,10 @@ def main(arguments: list[str]) -> int:
         return again(targets[arguments[0]], int(arguments[1]))
     chosen = [targets[name] for name in arguments] or list(targets.values())
     started = time.monotonic()
+    print(HEADS, flush=True)
     with TemporaryDirectory() as folder:
         tallies = run(chosen, Path(folder))
-    print(table(tallies))
+    print(row("all", sum_of(tallies.values())))
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     processor = used.ru_utime + used.ru_stime
     print(f"{time.monotonic() - started:.0f} s, of the processor {processor:.0f} s")
@@ -51,41 +58,39 @@ def main(arguments: list[str]) -> int:
 
 
 def run(targets: list[Target], folder: Path) -> dict[str, Tally]:
-    """Every target's inputs, in chunks, PROCESSES at a time; the slow targets first."""
-    tallies = {target.name: Tally() for target in targets}
+    """Every target's inputs, in chunks, PROCESSES at a time; says what became of each target's."""
     chunks = [
         (target, range(start, min(start + CHUNK, target.long)))
         for target in targets
         for start in range(0, target.long, CHUNK)
     ]
+    tallies: dict[str, Tally] = {}
     with ThreadPoolExecutor(PROCESSES) as pool:
-        for (target, _), tally in zip(
-            chunks, pool.map(lambda chunk: fuzz(*chunk, folder), chunks), strict=True
-        ):
-            whole = tallies[target.name]
-            whole.counts += tally.counts
-            whole.failures += tally.failures
-            whole.peak_bytes = max(whole.peak_bytes, tally.peak_bytes)
-            whole.slowest_seconds = max(whole.slowest_seconds, tally.slowest_seconds)
-            print(f"\r{sum(sum(t.counts.values()) for t in tallies.values())} inputs", end="")
-    print("\r", end="")
+        done = pool.map(lambda chunk: fuzz(*chunk, folder), chunks)
+        for target, parts in groupby(zip(chunks, done, strict=True), key=lambda part: part[0][0]):
+            tallies[target.name] = sum_of(tally for _, tally in parts)
+            print(row(target.name, tallies[target.name]), flush=True)
     return tallies
 
 
-def table(tallies: dict[str, Tally]) -> str:
-    heads = "inputs refused accepted crashes raw hangs memory MiB s".split()
-    rows = [f"{'target':20}" + "".join(f"{head:>10}" for head in heads)]
-    total = Tally()
-    for name, tally in [*tallies.items(), ("all", total)]:
-        counts = tally.counts
-        figures = (sum(counts.values()), counts["refused"], counts["read"], counts["crash"])
-        figures += (counts["raw"] + counts["sentence"], counts["hang"], counts["memory"])
-        row = "".join(f"{figure:10}" for figure in figures)
-        rows.append(f"{name:20}{row}{tally.peak_bytes >> 20:10}{tally.slowest_seconds:10.2f}")
-        total.counts += counts
-        total.peak_bytes = max(total.peak_bytes, tally.peak_bytes)
-        total.slowest_seconds = max(total.slowest_seconds, tally.slowest_seconds)
-    return "\n".join(rows)
+def sum_of(tallies: Iterable[Tally]) -> Tally:
+    """One tally of several."""
+    whole = Tally()
+    for tally in tallies:
+        whole.counts += tally.counts
+        whole.failures += tally.failures
+        whole.peak_bytes = max(whole.peak_bytes, tally.peak_bytes)
+        whole.slowest_seconds = max(whole.slowest_seconds, tally.slowest_seconds)
+    return whole
+
+
+def row(name: str, tally: Tally) -> str:
+    """One line of the table."""
+    counts = tally.counts
+    figures = (sum(counts.values()), counts["refused"], counts["read"], counts["crash"])
+    figures += (counts["raw"] + counts["sentence"], counts["hang"], counts["memory"])
+    numbers = "".join(f"{figure:10}" for figure in figures)
+    return f"{name:20}{numbers}{tally.peak_bytes >> 20:10}{tally.slowest_seconds:10.2f}"
 
 
 def saved(target: Target, number: int) -> Path:

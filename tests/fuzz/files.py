@@ -21,9 +21,18 @@ from comfyui_braid.engine.network.architectures import architecture_of
 from comfyui_braid.engine.network.attach import Network, build_adapter
 from comfyui_braid.engine.network.keys import encoded
 from comfyui_braid.engine.network.layers import LayerShape
-from comfyui_braid.engine.network.spec import NetworkSpec
+from comfyui_braid.engine.network.spec import NetworkSpec, TargetPatterns
 from comfyui_braid.engine.network.weights import AdapterWeights
-from comfyui_braid.engine.training.options import Checkpointing
+from comfyui_braid.engine.timesteps.sampling import TimestepSampling
+from comfyui_braid.engine.training.job import DataReference, ModelReference, TrainingJob
+from comfyui_braid.engine.training.optimizers.optimizer import OptimizerSpec
+from comfyui_braid.engine.training.options import (
+    Checkpointing,
+    Compilation,
+    Preview,
+    TrainingLog,
+    Validation,
+)
 from comfyui_braid.engine.training.states.identity import Identity
 from comfyui_braid.engine.training.states.saving import Saver
 from comfyui_braid.engine.training.states.state import write_state
@@ -38,6 +47,13 @@ IDENTITY = {"seed": 7, "network": "NetworkSpec(rank=4)", "lr_warmup_steps": 2.0}
 FP8 = torch.float8_e4m3fn
 SHADOWED = {"a.lora_down.weight": (4, 8), "a.lora_up.weight": (10, 4)}
 RUN = dataclasses.replace(PLAN, steps=6)
+RUN_NETWORK = NetworkSpec(
+    rank=4,
+    alpha=4,
+    neuron_dropout=0.1,
+    targets=TargetPatterns(include=(r".*img_attn\.(qkv|proj)",), mode="whitelist"),
+)
+"""Two layers: what a state of many layers says over and over takes time to read."""
 
 
 def adapter_state(kind: str, key_format: str) -> dict[str, Tensor]:
@@ -98,7 +114,7 @@ def shadows() -> list[bytes]:
 @functools.cache
 def states() -> list[bytes]:
     """Training states: of a run after two steps, and of anything."""
-    run, model = make_run(RUN)
+    run, model = make_run(RUN, RUN_NETWORK)
     train(run, model, until=2)
     extra = {"shadows": Shadows({"a": torch.ones(2, 3)}).state_dict()}
     with TemporaryDirectory() as folder:
@@ -160,3 +176,27 @@ def calibrations() -> list[bytes]:
     )
     published = next(iter(presets().values())).plan
     return [plan.to_json().encode() for plan in (measured, measured, published)]
+
+
+@functools.cache
+def job() -> str:
+    """A training job with every part."""
+    return TrainingJob(
+        plan=dataclasses.replace(RUN, output_name="a/b"),
+        network=dataclasses.replace(RUN_NETWORK, loraplus_lr_ratio=4),
+        timesteps=TimestepSampling(mode="shift", discrete_flow_shift=2.5),
+        optimizer=OptimizerSpec(
+            optimizer_args={"betas": (0.9, 0.98), "weight_decay": 0.02},
+            lr_scheduler="cosine",
+            lr_warmup_steps=0.5,
+            lr_scheduler_args={"num_cycles": 1},
+        ),
+        model=ModelReference(file="flux.safetensors", architecture="FLUX"),
+        data=DataReference(items=3, fingerprint="0123456789abcdef"),
+        held_out=DataReference(items=1, fingerprint="fedcba9876543210"),
+        checkpointing=Checkpointing(save_every_n_steps=2, resume="latest"),
+        log=TrainingLog(log_with="tensorboard", logging_dir=Path("output") / "logs"),
+        compilation=Compilation(dynamo_dynamic=None),
+        preview=Preview(every_n_steps=5),
+        validation=Validation(every_n_steps=2, timesteps_per_item=3, seed=1),
+    ).to_json()

@@ -26,7 +26,7 @@ from tempfile import mkdtemp
 
 import torch
 
-from .targets import Input, Target
+from .target import Input, Target
 
 MOST_SECONDS = 5.0
 """Of processor time for one input."""

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch._functorch import config as functorch_config
 
+from ...refusals import said
 from ...training.loop import TrainingRun, TrainingStep
 from ...training.options import Compilation
 from .frozen import forward_replaced
@@ -149,7 +150,7 @@ def compiled_steps(run: TrainingRun, compilation: Compiled) -> Iterator[Training
         first = run.step == started_at  # whatever broke it, it is worth trying without
         if not (compilation.is_on and (first or _is_of_the_compiler(error))):
             raise
-        compilation.turn_off(f"torch.compile failed ({type(error).__name__}: {error})")
+        compilation.turn_off(f"torch.compile failed ({said(error)})")
         yield from run.steps()
 
 

@@ -26,6 +26,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 from torch import Tensor, nn
 
+from ...refusals import said
 from . import noise_levels
 from .conditioning import Conditioning, encode, groups, settled, stacked
 from .frozen import frozen
@@ -134,7 +135,7 @@ class ComfyDenoiser:
                 raise ValueError(
                     f"{type(self.model).__name__} cannot compute with this conditioning "
                     f"({item.describe()}); encode the prompts with the text encoder that belongs "
-                    f"to the model ({error})"
+                    f"to the model ({said(error)})"
                 ) from error
 
     @contextmanager

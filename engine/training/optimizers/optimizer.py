@@ -211,4 +211,16 @@ def _construct(spec: OptimizerSpec, groups: Sequence[Mapping[str, Any]]) -> torc
         given = shortened(str(dict(spec.optimizer_args)), 200)
         raise ValueError(
             f"optimizer_args: {spec.optimizer_type} refuses {given} ({said(error)})"
+            f"{defaults_said(found, spec.optimizer_args)}"
         ) from error
+
+
+def defaults_said(found: Callable[..., Any], arguments: Mapping[str, Any]) -> str:
+    """The end of a sentence that refuses `arguments`: what the class has for them by default."""
+    parameters = inspect.signature(found).parameters
+    defaults = [
+        f"{name}={shortened(repr(parameters[name].default))}"
+        for name in arguments
+        if name in parameters and parameters[name].default is not inspect.Parameter.empty
+    ]
+    return f"; by default it has {', '.join(defaults)}" if defaults else ""

@@ -12,7 +12,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ...refusals import said, shortened
-from .optimizer import Optimization, OptimizerSpec
+from .optimizer import Optimization, OptimizerSpec, defaults_said
 
 logger = logging.getLogger("comfyui_braid.training")
 
@@ -49,6 +49,7 @@ def rehearse(spec: OptimizerSpec, groups: Sequence[Mapping[str, Any]], steps: in
             raise ValueError(
                 f"{spec.optimizer_type} with the optimizer_args {given} cannot train a LoRA "
                 f"({said(error)}); change them, or choose another optimizer"
+                f"{defaults_said(type(optimization.optimizer), spec.optimizer_args)}"
             ) from error
 
 

@@ -4,14 +4,35 @@ A checksum says that a file is as it was written, and not that it was Braid who 
 function raises a ValueError that names the part.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeGuard
 
+import torch
 from torch import Tensor
 
 from ...disk.reading import shown
+from ...refusals import said
 
 LARGEST_COUNT = 2**53
+_MISFITS = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError)
+"""What somebody else's optimizer may raise about a state that is not its own."""
+
+
+@contextmanager
+def misfits_refused(state_file: str) -> Iterator[None]:
+    """Inside, what is wrong with a state is a ValueError about that file; "" lets it pass."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except _MISFITS as error:
+        if not state_file:
+            raise
+        raise ValueError(
+            f"resume: {state_file} does not fit this run ({said(error)}); resume with the settings "
+            "it was saved with, or clear resume to start afresh"
+        ) from error
 
 
 def part_of(state: Any, name: str) -> Mapping[Any, Any]:

@@ -8,13 +8,11 @@ from ...checkpoints import SHADOWS_SUFFIX, step_of
 from ...disk.reading import DamagedFileError, one_line, shown
 from ...files import read_header
 from ..loop import TrainingRun
-from .form import count_of, part_of
+from .form import count_of, misfits_refused, part_of
 from .identity import Identity
 from .saving import STEP_NAME
 from .state import STATE_SUFFIX, read_state
 
-MISFITS = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError)
-"""What somebody else's optimizer may raise about a state that is not its own."""
 SHOWN = 60
 """Characters of a long setting that are shown around what differs, to both sides."""
 
@@ -45,13 +43,9 @@ def resumed(run: TrainingRun, path: Path, identity: Identity) -> dict[str, Any]:
             f"resume: {path.name} is already at step {step} of {run.plan.steps}; raise steps to "
             "train on"
         )
-    try:
+    with misfits_refused(path.name):
         run.load_state_dict(saved_run)
-    except MISFITS as error:
-        raise ValueError(
-            f"resume: {path.name} does not fit this run ({one_line(error, 300)}); resume with the "
-            "settings it was saved with, or clear resume to start afresh"
-        ) from error
+    run.resumed_from = path.name
     return {key: value for key, value in state.items() if key not in ("identity", "run")}
 
 
