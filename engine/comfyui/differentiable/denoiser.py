@@ -104,8 +104,7 @@ class ComfyDenoiser:
         """The network's own output (B, C, ...) in float32, not yet a denoised image.
 
         `noised` (B, C, ...) on any device, `t` (B,) in [0, 1], one conditioning per item. Prompts
-        of different lengths are computed one after the other: padding would change them, or cost
-        the faster attention where a mask hides it.
+        of different lengths are computed one after the other: padding would change them.
         """
         if torch.is_grad_enabled():
             self.forward_calls += len(groups(conditioning))
