@@ -172,6 +172,17 @@ UNET = (
         for level in range(3)
         for name in (f"up_blocks.{level}.upsamplers.0",)
     )
+    + tuple(
+        Rename(layer=layer, names=(name,))
+        for layer, name in (
+            (r"input_blocks\.0\.0", "conv_in"),
+            (r"time_embed\.0", "time_embedding.linear_1"),
+            (r"time_embed\.2", "time_embedding.linear_2"),
+            (r"label_emb\.0\.0", "add_embedding.linear_1"),
+            (r"label_emb\.0\.2", "add_embedding.linear_2"),
+            (r"out\.2", "conv_out"),
+        )
+    )
 )
 # The attention layers as PEFT has them, and as sd-scripts has those of Stable Diffusion 1 and 2
 UNET_PEFT = tuple(

@@ -108,7 +108,8 @@ REAL = {
     "Lumina 2": (NextDiT, _LUMINA, {"image_model": "lumina2", "dim": 2304}, 2 * 5),
     "Z-Image": (
         NextDiT,
-        _LUMINA | {"z_image_modulation": True},
+        _LUMINA
+        | dict(dim=192, n_heads=3, n_kv_heads=3, ffn_dim_multiplier=8 / 3, z_image_modulation=True),
         {"image_model": "lumina2", "dim": 3840},
         2 * 5,
     ),
@@ -124,10 +125,11 @@ REAL = {
 }
 
 
-def real_model(title: str) -> torch.nn.Module:
-    """ComfyUI's own class without memory for its weights."""
+def real_model(title: str, **others) -> torch.nn.Module:
+    """ComfyUI's own class without memory for its weights; `others` replace small arguments."""
     kind, arguments, _, _ = REAL[title]
     operations = comfy.ops.disable_weight_init
+    arguments = arguments | others
     return kind(**arguments, device="meta", dtype=torch.float32, operations=operations)
 
 
