@@ -91,11 +91,14 @@ THEIRS = {
 }
 
 
-def pipeline_of(name: str, title: str, device: str = "cpu"):
-    """The pipeline class `name` with the model of `title`; its other components are None."""
+def pipeline_of(name: str, title: str, device: str = "cpu", **others):
+    """The pipeline class `name` with the model of `title`; its other components are None.
+
+    `others` replace arguments of the model.
+    """
     _, kind, arguments = THEIRS[title]
     with torch.device(device):
-        model = getattr(diffusers, kind)(**arguments)
+        model = getattr(diffusers, kind)(**arguments | others)
     pipeline = getattr(diffusers, name)
     needed = [
         key

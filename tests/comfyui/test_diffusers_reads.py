@@ -8,6 +8,7 @@ from real_models import REAL, network_of, real_model
 pytest.importorskip("peft", reason="peft is not installed: nothing here is loaded by diffusers")
 pytest.importorskip("diffusers", reason="diffusers is not installed: nothing here is loaded by it")
 
+import diffusers
 from diffusers_models import THEIRS, pipeline_of
 from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -30,13 +31,13 @@ CORE_S_MAP = {
 }
 
 
-def written(folder, title, targets=OF_THE_BLOCKS):
+def written(folder, title, targets=OF_THE_BLOCKS, key_format="diffusers", **others):
     """A network on the small model of `title`, whose file is in `folder`."""
     architecture = architecture_of(REAL[title][2])
     convolutions = dict(conv_rank=2, conv_alpha=2.0) if title == UNET else {}
-    model = real_model(title, **FULL_WIDTH.get(title, {}))
+    model = real_model(title, **FULL_WIDTH.get(title, {}) | others)
     network = network_of(model, architecture, targets, **convolutions)
-    state = state_dict_of(network, architecture, "diffusers")
+    state = state_dict_of(network, architecture, key_format)
     write_adapter(folder / "lora.safetensors", state, {})
     return network
 
@@ -60,22 +61,32 @@ def fingerprints(deltas) -> torch.Tensor:
     return torch.cat(rows).sort().values
 
 
-@pytest.mark.parametrize("pipeline, title", PIPELINES)
-def test_diffusers_loads_every_tensor_and_every_row_of_every_delta(pipeline, title, tmp_path):
-    ours = deltas_of(written(tmp_path, title))
-    pipe, model = pipeline_of(pipeline, title)
-    read = pipe.lora_state_dict(str(tmp_path), weight_name="lora.safetensors")
-    read = read[0] if isinstance(read, tuple) else read
-    pipe.load_lora_weights(str(tmp_path), weight_name="lora.safetensors", adapter_name="braid")
-    theirs = {
+def loaded(pipeline, title, folder, **others):
+    """The deltas of diffusers' model by its layer, after its pipeline has loaded the file."""
+    pipe, model = pipeline_of(pipeline, title, **others)
+    pipe.load_lora_weights(str(folder), weight_name="lora.safetensors", adapter_name="braid")
+    return {
         name: module.get_delta_weight("braid").detach()
         for name, module in model.named_modules()
         if isinstance(module, BaseTunerLayer)
     }
+
+
+def dense(deltas):
+    return [(torch.eye(delta.shape[0]), delta.flatten(1)) for delta in deltas.values()]
+
+
+@pytest.mark.parametrize("pipeline, title", PIPELINES)
+def test_diffusers_loads_every_tensor_and_every_row_of_every_delta(pipeline, title, tmp_path):
+    ours = deltas_of(written(tmp_path, title))
+    theirs = loaded(pipeline, title, tmp_path)
+    read = getattr(diffusers, pipeline).lora_state_dict(
+        str(tmp_path), weight_name="lora.safetensors"
+    )
+    read = read[0] if isinstance(read, tuple) else read
     assert 2 * len(theirs) == len(read)
-    found = [(torch.eye(delta.shape[0]), delta.flatten(1)) for delta in theirs.values()]
     torch.testing.assert_close(
-        fingerprints(found), fingerprints(ours.values()), rtol=1e-4, atol=1e-4
+        fingerprints(dense(theirs)), fingerprints(ours.values()), rtol=1e-4, atol=1e-4
     )
     if title in CORE_S_MAP:
         places = CORE_S_MAP[title](REAL[title][2] | REAL[title][1])
@@ -86,6 +97,27 @@ def test_diffusers_loads_every_tensor_and_every_row_of_every_delta(pipeline, tit
             expected = (up @ down).view(-1, *delta.shape[1:])
             expected = expected.narrow(*rows) if rows else expected
             torch.testing.assert_close(delta, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_kohya_file_of_a_unet_is_read_by_the_pipeline_of_xl_and_not_by_that_of_1_and_2(tmp_path):
+    shape = dict(
+        channel_mult=(1, 2, 2),
+        num_res_blocks=[2] * 3,
+        transformer_depth=[0, 0, 1, 1, 1, 1],
+        transformer_depth_output=[0] * 3 + [1] * 6,
+    )
+    ours = deltas_of(written(tmp_path, UNET, TargetPatterns(), "kohya", **shape))
+    same = dict(
+        block_out_channels=(32, 64, 64),
+        down_block_types=("DownBlock2D", *["CrossAttnDownBlock2D"] * 2),
+        up_block_types=(*["CrossAttnUpBlock2D"] * 2, "UpBlock2D"),
+    )
+    theirs = loaded("StableDiffusionXLPipeline", UNET, tmp_path, **same)
+    torch.testing.assert_close(
+        fingerprints(dense(theirs)), fingerprints(ours.values()), rtol=1e-4, atol=1e-4
+    )
+    # It takes the numbers for its own and warns of what it then cannot place.
+    assert len(loaded("StableDiffusionPipeline", UNET, tmp_path, **same)) < len(theirs)
 
 
 @pytest.mark.parametrize("title", FULL_WIDTH)
