@@ -4,8 +4,8 @@
     kohya      lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight         + .alpha
     diffusers  transformer.transformer_blocks.0.attn.to_q.lora_A.weight        alpha folded in
 
-ComfyUI 0.33 loads the first two for every model it knows (`comfy/lora.py`); `diffusers_keys` writes
-the third.
+ComfyUI 0.33 loads the first two for every model it knows (`comfy/lora.py`); `weights` writes the
+third.
 """
 
 import re
@@ -17,10 +17,16 @@ from torch import Tensor
 
 from .adapters import ADAPTERS
 from .architectures import Architecture
-from .diffusers_keys import diffusers_state
 from .layers import LayerShape
 from .spec import Kind
-from .weights import AdapterWeights, checked_weights, delta_shape, row_blocks, stacked
+from .weights import (
+    AdapterWeights,
+    checked_weights,
+    delta_shape,
+    diffusers_state,
+    row_blocks,
+    stacked,
+)
 
 KeyFormat = Literal["comfyui", "kohya", "diffusers"]
 ALPHA = ".alpha"
