@@ -1,4 +1,4 @@
-"""The tensors of one adapted layer, how row blocks of one weight join, and diffusers' form of all."""
+"""The tensors of one adapted layer, how row blocks of one weight join, and the diffusers form."""
 
 import math
 import re
