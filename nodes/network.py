@@ -189,8 +189,9 @@ class BraidSaveLora(io.ComfyNode):
                     options=list(KEY_FORMATS),
                     default="comfyui",
                     tooltip="Names in the file. comfyui: loads in ComfyUI for every model. kohya: "
-                    "as kohya's and musubi-tuner's files. diffusers: PEFT, as diffusers' "
-                    "load_lora_weights takes it (LoRA only; alpha is folded in).",
+                    "as kohya's and musubi-tuner's files. diffusers: as diffusers' "
+                    "load_lora_weights takes it; ComfyUI reads it too (LoRA only; alpha is "
+                    "folded in).",
                 ),
                 io.Combo.Input(
                     "save_precision",

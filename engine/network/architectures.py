@@ -19,7 +19,19 @@ from dataclasses import dataclass, field
 from types import EllipsisType
 from typing import Any
 
-from .renames import FLUX, FLUX_2, HUNYUAN, HUNYUAN_15_SPLIT, KREA_2, LUMINA_BLOCK, Z_IMAGE, Rename
+from .renames import (
+    CHROMA,
+    FLUX,
+    FLUX_2,
+    HUNYUAN,
+    HUNYUAN_15_SPLIT,
+    KREA_2,
+    LUMINA_BLOCK,
+    UNET,
+    UNET_PEFT,
+    Z_IMAGE,
+    Rename,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,6 +58,14 @@ class Architecture:
     """Key prefix that both ComfyUI and diffusers read for this family in PEFT files."""
     diffusers: tuple[Rename, ...] = ()
     """Layers whose name in diffusers differs."""
+    diffusers_keeps: str = r".*"
+    """Regular expression of the other layers that diffusers reads, under the name they have here;
+    must match the whole dotted name. Of what neither this nor `diffusers` is about it reads none.
+    """
+    diffusers_suffixes: tuple[str, str] = (".lora_A.weight", ".lora_B.weight")
+    """What follows a layer's name there: of the down and of the up matrix."""
+    diffusers_cannot: str = ""
+    """Why no file of this family is read by diffusers and ComfyUI both; "" where one is."""
     musubi: tuple[Rename, ...] = ()
     """Layers whose name in musubi-tuner differs from both; only read, never written."""
 
@@ -57,13 +77,10 @@ _FLUX_2_COMMON: dict[str, Any] = dict(
     implementation="https://github.com/black-forest-labs/flux2",
     diffusers_prefix="transformer.",
     diffusers=FLUX_2,
+    diffusers_keeps="",
 )
-_HUNYUAN_COMMON: dict[str, Any] = dict(
-    layers=_STREAM_BLOCKS,
-    exclude=_STREAM_MODULATION,
-    diffusers_prefix="transformer.",
-    diffusers=HUNYUAN,
-)
+_HUNYUAN_COMMON: dict[str, Any] = dict(layers=_STREAM_BLOCKS, exclude=_STREAM_MODULATION)
+_NO_LOADER = "diffusers has no LoRA loader for it"
 _LUMINA_COMMON: dict[str, Any] = dict(
     layers=LUMINA_BLOCK + ".*",
     exclude=(r".*adaLN_modulation.*", r".*_refiner.*"),
@@ -92,6 +109,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         implementation="https://github.com/black-forest-labs/flux",
         diffusers_prefix="transformer.",
         diffusers=FLUX,
+        diffusers_keeps="",
     ),
     Architecture(
         title="FLUX.2 klein 4B",
@@ -121,6 +139,9 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         base_model_version="chroma",
         modelspec="Chroma",
         implementation="https://huggingface.co/lodestones/Chroma",
+        diffusers_prefix="transformer.",
+        diffusers=CHROMA,
+        diffusers_keeps="",
     ),
     Architecture(
         title="Wan 2.1 / 2.2",
@@ -159,7 +180,8 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         modelspec="hunyuan-video-1.5",
         implementation="https://github.com/Tencent-Hunyuan/HunyuanVideo-1.5",
         resolution="1280x720",
-        musubi=HUNYUAN_15_SPLIT,
+        musubi=(*HUNYUAN, *HUNYUAN_15_SPLIT),
+        diffusers_cannot=_NO_LOADER,
         **_HUNYUAN_COMMON,
     ),
     Architecture(
@@ -169,6 +191,8 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         modelspec="hunyuan-image-2.1",
         implementation="https://github.com/Tencent-Hunyuan/HunyuanImage-2.1",
         resolution="2048x2048",
+        musubi=HUNYUAN,
+        diffusers_cannot=_NO_LOADER,
         **_HUNYUAN_COMMON,
     ),
     Architecture(
@@ -178,6 +202,9 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         modelspec="hunyuan-video",
         implementation="https://github.com/Tencent/HunyuanVideo",
         resolution="1280x720",
+        diffusers_prefix="transformer.",
+        diffusers=HUNYUAN,
+        diffusers_keeps=r"single_blocks\.\d+\.linear[12]",
         **_HUNYUAN_COMMON,
     ),
     Architecture(
@@ -188,6 +215,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         implementation="https://github.com/Tongyi-MAI/Z-Image",
         diffusers_prefix="transformer.",
         diffusers=Z_IMAGE,
+        diffusers_keeps=LUMINA_BLOCK + r"(feed_forward|adaLN_modulation)\..*",
         **_LUMINA_COMMON,
     ),
     Architecture(
@@ -196,8 +224,8 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         base_model_version="lumina2",
         modelspec="lumina-2",
         implementation="https://github.com/Alpha-VLLM/Lumina-Image-2.0",
-        # ComfyUI's map of separate q, k, v is only right for as many key as query heads (Z-Image),
-        # so these files keep ComfyUI's names, which diffusers converts.
+        # ComfyUI's map of separate q, k, v is only right for as many key as query heads (Z-Image)
+        diffusers_cannot="diffusers converts only files that adapt every layer of every block",
         musubi=Z_IMAGE,
         **_LUMINA_COMMON,
     ),
@@ -221,6 +249,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         implementation="https://github.com/krea-ai/krea-2",
         diffusers_prefix="transformer.",
         diffusers=KREA_2,
+        diffusers_keeps="",
     ),
     Architecture(
         title="Ideogram 4",
@@ -230,6 +259,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         base_model_version="ideogram4",
         modelspec="Ideogram-4",
         implementation="https://huggingface.co/Comfy-Org/Ideogram-4",
+        diffusers_keeps=r"layers\..*",
     ),
     Architecture(
         title="U-Net (Stable Diffusion)",
@@ -239,6 +269,12 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         base_model_version="sd",
         modelspec="stable-diffusion",
         implementation="https://github.com/Stability-AI/generative-models",
+        diffusers_prefix="unet.",
+        diffusers=UNET,
+        diffusers_keeps="",
+        # Not PEFT's: of the attention layers ComfyUI knows no name that PEFT's would follow.
+        diffusers_suffixes=(".lora.down.weight", ".lora.up.weight"),
+        musubi=UNET_PEFT,
     ),
 )
 """Rows are tried from the top: more specific ones first."""

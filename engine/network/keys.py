@@ -4,13 +4,10 @@
     kohya      lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight         + .alpha
     diffusers  transformer.transformer_blocks.0.attn.to_q.lora_A.weight        alpha folded in
 
-ComfyUI 0.33 loads the first two for every model it knows (`comfy/lora.py`). In the third, alpha is
-folded into the matrices, √(alpha / rank) into each, because not every reader honours an alpha key
-there; where our layer is several in diffusers its rows are split among them. Architectures without
-a diffusers form of their own keep ComfyUI's dotted names there.
+ComfyUI 0.33 loads the first two for every model it knows (`comfy/lora.py`); `weights` writes the
+third.
 """
 
-import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Literal, get_args
@@ -21,9 +18,15 @@ from torch import Tensor
 from .adapters import ADAPTERS
 from .architectures import Architecture
 from .layers import LayerShape
-from .renames import Rename
 from .spec import Kind
-from .weights import AdapterWeights, checked_weights, delta_shape, row_blocks, stacked
+from .weights import (
+    AdapterWeights,
+    checked_weights,
+    delta_shape,
+    diffusers_state,
+    row_blocks,
+    stacked,
+)
 
 KeyFormat = Literal["comfyui", "kohya", "diffusers"]
 ALPHA = ".alpha"
@@ -53,10 +56,13 @@ _SUFFIXES: dict[str, tuple[Kind, str]] = {
     ".lora_B.default.weight": ("lora", "up"),
     ".lora.down.weight": ("lora", "down"),
     ".lora.up.weight": ("lora", "up"),
+    "_lora.down.weight": ("lora", "down"),
+    "_lora.up.weight": ("lora", "up"),
     ".lokr_w1_a": ("lokr", "w1_a"),
     ".lokr_w1_b": ("lokr", "w1_b"),
 }
 _KNOWN_SUFFIXES = (*_SUFFIXES, ALPHA)
+_OF_DIFFUSERS = r"(\.lora_[AB](\.default)?|^unet\..*[._]lora\.(down|up))\.weight$"
 
 
 def kohya_name(layer_name: str) -> str:
@@ -75,11 +81,7 @@ def encoded(
     the matrices, as musubi saves it; in ComfyUI's it stays exact (float32).
     """
     if key_format == "diffusers":
-        return {
-            key: tensor
-            for name, layer in weights.items()
-            for key, tensor in _diffusers_tensors(name, layer, architecture)
-        }
+        return diffusers_state(weights, architecture)
     state: dict[str, Tensor] = {}
     for name, layer in weights.items():
         tensors = layer.tensors
@@ -179,7 +181,7 @@ def format_of(keys: Iterable[str]) -> KeyFormat | None:
         return "kohya"
     if keys and all(key.startswith(COMFYUI_PREFIX) and ".lora_A." not in key for key in keys):
         return "comfyui"
-    if keys and all(re.search(r"\.lora_[AB](\.default)?\.weight$", key) for key in keys):
+    if keys and all(re.search(_OF_DIFFUSERS, key) for key in keys):
         return "diffusers"
     return None
 
@@ -203,7 +205,7 @@ class _Names:
             self._add(name, name, -1)
             self.parts[name] = 1
             for rename in (*architecture.diffusers, *architecture.musubi):
-                for part, other in enumerate(others := _other_names(rename, name)):
+                for part, other in enumerate(others := rename.of(name)):
                     self._add(other, name, part if len(others) > 1 else -1)
                 self.parts[name] = max(self.parts[name], len(others))
 
@@ -217,40 +219,6 @@ class _Names:
                 if place is not None:
                     return place
         return None
-
-
-def _other_names(rename: Rename, name: str) -> tuple[str, ...]:
-    """The names that `rename` gives to our layer `name`, () when it is not about it."""
-    match = re.fullmatch(rename.layer, name)
-    return tuple(match.expand(other) for other in rename.names) if match else ()
-
-
-def _diffusers_tensors(
-    name: str, layer: AdapterWeights, architecture: Architecture
-) -> Iterable[tuple[str, Tensor]]:
-    if layer.kind != "lora":
-        raise ValueError(
-            f"key_format diffusers: diffusers loads LoRA only, and {name} has a {layer.kind}; "
-            "choose comfyui or kohya"
-        )
-    others = next((o for r in architecture.diffusers if (o := _other_names(r, name))), (name,))
-    if layer.alpha < 0:
-        raise ValueError(
-            f"key_format diffusers: alpha is folded into both factors, and that of {name} is "
-            f"{layer.alpha:g}; choose comfyui or kohya"
-        )
-    fold = math.sqrt(layer.alpha / layer.rank)
-    down, up = layer.tensors["down"] * fold, layer.tensors["up"] * fold
-    sizes = row_blocks(len(others), up.shape[0], down.shape[1])
-    if min(sizes) < 0 or sum(sizes) != up.shape[0]:
-        raise ValueError(
-            f"key_format diffusers: the {up.shape[0]} rows of {name} are not those of its "
-            f"{len(others)} parts there; choose comfyui or kohya"
-        )
-    for other, rows in zip(others, up.split(sizes), strict=True):
-        # Copies: safetensors writes no two tensors that share memory.
-        yield f"{architecture.diffusers_prefix}{other}.lora_A.weight", down.clone()
-        yield f"{architecture.diffusers_prefix}{other}.lora_B.weight", rows.clone()
 
 
 def _joined(

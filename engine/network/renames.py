@@ -1,5 +1,6 @@
 """What diffusers calls the layers of each family, for adapter files under its names."""
 
+import re
 from dataclasses import dataclass
 
 
@@ -12,6 +13,11 @@ class Rename:
     names: tuple[str, ...]
     """Other name with \\1 … from `layer`; several when the other program holds the rows of our
     weight in separate layers, from the top: (q, k, v) or (q, k, v, mlp)."""
+
+    def of(self, name: str) -> tuple[str, ...]:
+        """The names of our layer `name` there; () when this rename is not about it."""
+        match = re.fullmatch(self.layer, name)
+        return tuple(match.expand(other) for other in self.names) if match else ()
 
 
 _DOUBLE = r"double_blocks\.(\d+)\."
@@ -27,9 +33,8 @@ FLUX_DOUBLE = tuple(
         (r"txt_attn\.proj", ("attn.to_add_out",)),
     )
 )
-FLUX = FLUX_DOUBLE + (
-    Rename(layer=_DOUBLE + r"img_mod\.lin", names=(r"transformer_blocks.\1.norm1.linear",)),
-    Rename(layer=_DOUBLE + r"txt_mod\.lin", names=(r"transformer_blocks.\1.norm1_context.linear",)),
+# diffusers' ChromaTransformer2DModel: FLUX.1's without modulation inside the blocks
+CHROMA = FLUX_DOUBLE + (
     Rename(layer=_DOUBLE + r"img_mlp\.0", names=(r"transformer_blocks.\1.ff.net.0.proj",)),
     Rename(layer=_DOUBLE + r"img_mlp\.2", names=(r"transformer_blocks.\1.ff.net.2",)),
     Rename(layer=_DOUBLE + r"txt_mlp\.0", names=(r"transformer_blocks.\1.ff_context.net.0.proj",)),
@@ -44,6 +49,10 @@ FLUX = FLUX_DOUBLE + (
         ),
     ),
     Rename(layer=_SINGLE + r"linear2", names=(r"single_transformer_blocks.\1.proj_out",)),
+)
+FLUX = CHROMA + (
+    Rename(layer=_DOUBLE + r"img_mod\.lin", names=(r"transformer_blocks.\1.norm1.linear",)),
+    Rename(layer=_DOUBLE + r"txt_mod\.lin", names=(r"transformer_blocks.\1.norm1_context.linear",)),
     Rename(
         layer=_SINGLE + r"modulation\.lin", names=(r"single_transformer_blocks.\1.norm.linear",)
     ),
@@ -109,4 +118,74 @@ KREA_2 = tuple(
         (r"txtfusion\.projector", "text_fusion.projector"),
         (r"last\.linear", "final_layer.linear"),
     )
+)
+
+# diffusers' UNet2DConditionModel; ComfyUI: comfy.utils.unet_to_diffusers. Two residual blocks to a
+# level, as in Stable Diffusion 1, 2, XL and the XL refiner: three numbers to a level. A U-Net with
+# another count has layers that no rename is about.
+_DOWN = tuple((i, f"down_blocks.{(i - 1) // 3}", (i - 1) % 3) for i in range(1, 12) if i % 3)
+_UP = tuple((i, f"up_blocks.{i // 3}", i % 3) for i in range(12))
+
+
+def _unet_places(part: int, kind: str) -> tuple[tuple[str, str], ...]:
+    """(our block as a pattern, theirs) of every residual block (0) or transformer (1)."""
+    down = tuple((rf"input_blocks\.{i}\.{part}\.", f"{b}.{kind}.{n}.") for i, b, n in _DOWN)
+    up = tuple((rf"output_blocks\.{i}\.{part}\.", f"{b}.{kind}.{n}.") for i, b, n in _UP)
+    middle = ((0, 0), (2, 1)) if part == 0 else ((1, 0),)
+    return (
+        *down,
+        *((rf"middle_block\.{i}\.", f"mid_block.{kind}.{n}.") for i, n in middle),
+        *up,
+    )
+
+
+_UNET_TRANSFORMERS = _unet_places(1, "attentions")
+_UNET_ATTENTION = r"(transformer_blocks\.\d+\.attn[12])\.(to_[qkv]|to_out)"
+UNET = (
+    tuple(
+        Rename(layer=ours + layer, names=(theirs + name,))
+        for ours, theirs in _unet_places(0, "resnets")
+        for layer, name in (
+            (r"in_layers\.2", "conv1"),
+            (r"out_layers\.3", "conv2"),
+            (r"emb_layers\.1", "time_emb_proj"),
+            (r"skip_connection", "conv_shortcut"),
+        )
+    )
+    + tuple(
+        Rename(layer=ours + layer, names=(theirs + name,))
+        for ours, theirs in _UNET_TRANSFORMERS
+        for layer, name in (
+            (r"(proj_in|proj_out|transformer_blocks\.\d+\.ff\.net\.(?:0\.proj|2))", r"\1"),
+            # The only name of an attention layer that ComfyUI knows beside kohya's; diffusers has
+            # read it from its first LoRA on.
+            (_UNET_ATTENTION + r"(?:\.0)?", r"\1.processor.\2"),
+        )
+    )
+    + tuple(
+        Rename(layer=rf"input_blocks\.{3 * level + 3}\.0\.op", names=(f"{name}.conv",))
+        for level in range(3)
+        for name in (f"down_blocks.{level}.downsamplers.0",)
+    )
+    + tuple(
+        Rename(layer=rf"output_blocks\.{3 * level + 2}\.[12]\.conv", names=(f"{name}.conv",))
+        for level in range(3)
+        for name in (f"up_blocks.{level}.upsamplers.0",)
+    )
+    + tuple(
+        Rename(layer=layer, names=(name,))
+        for layer, name in (
+            (r"input_blocks\.0\.0", "conv_in"),
+            (r"time_embed\.0", "time_embedding.linear_1"),
+            (r"time_embed\.2", "time_embedding.linear_2"),
+            (r"label_emb\.0\.0", "add_embedding.linear_1"),
+            (r"label_emb\.0\.2", "add_embedding.linear_2"),
+            (r"out\.2", "conv_out"),
+        )
+    )
+)
+# The attention layers as PEFT has them, and as sd-scripts has those of Stable Diffusion 1 and 2
+UNET_PEFT = tuple(
+    Rename(layer=ours + _UNET_ATTENTION + r"(\.0)?", names=(theirs + r"\1.\2\3",))
+    for ours, theirs in _UNET_TRANSFORMERS
 )

@@ -225,7 +225,7 @@ def test_a_link_to_nothing_among_the_files_takes_no_node_out_of_the_menu(output)
     for ending in ("safetensors", "state"):
         (run / f"gone.{ending}").symlink_to(output / "nowhere")
     assert BraidLoadCheckpoints.define_schema().inputs[0].options == ["run"]
-    assert BraidCheckpointing.define_schema().inputs[4].options == ["", "latest"]
+    assert BraidCheckpointing.define_schema().inputs[4].options == ["start afresh", "latest"]
     assert "gone" not in BraidLoadCheckpoints.fingerprint_inputs(folder="run", pattern="*")
 
 

@@ -199,7 +199,9 @@ def test_a_cancel_on_a_full_disk_stays_a_cancel_and_says_that_nothing_is_saved(w
     disk[3] = cancel(disk["fills up"])
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         train()
-    assert re.search(rf"step 3 .*saving failed .*{NO_ROOM}.*; nothing is saved$", said[-1])
+    assert re.search(
+        rf"cancelled at step 3; saving failed .*{NO_ROOM}.*; nothing is saved$", said[-1]
+    )
     assert run_files(world) == {}
 
 
@@ -215,7 +217,9 @@ def test_a_cancel_with_room_for_the_adapter_only_says_that_it_cannot_be_resumed(
     disk[3] = cancel(lambda: disk["fills up"](400_000))
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         train()
-    assert re.search(rf"saved .*step00000003.safetensors, but no state .*{NO_ROOM}", said[-1])
+    assert re.search(
+        rf"saved mine-step00000003.safetensors in .*, but no state .*{NO_ROOM}", said[-1]
+    )
     assert list(run_files(world)) == ["mine-step00000003.safetensors"]
 
 
@@ -230,7 +234,7 @@ def test_a_cancel_right_after_a_checkpoint_needs_no_room(world, said, disk, monk
     monkeypatch.setattr(training_run, "saved", cancelled)
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         train(EVERY_STEP)
-    assert "step 2 is saved in" in said[-1] and "resume" in said[-1]
+    assert "it is saved in output/loras/mine" in said[-1] and "resume" in said[-1]
     assert read_state(world / "output/loras/mine/mine-step00000002.state")["run"]["step"] == 2
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 
 import comfy.lora
 import comfy.sample
@@ -11,7 +12,7 @@ import pytest
 import safetensors
 import torch
 from network_files import adapter_of
-from tiny_models import ARCHITECTURES, build, sampled
+from tiny_models import ARCHITECTURES, MODELS, TinyModel, build, built, sampled
 
 from comfyui_braid.engine.checkpoints import AdapterStateDict
 from comfyui_braid.engine.comfyui.model import architecture_of, diffusion_model_of
@@ -21,6 +22,7 @@ from comfyui_braid.engine.network.adapter_file import (
     weights_of,
     write_adapter,
 )
+from comfyui_braid.engine.network.architectures import DEFAULT
 from comfyui_braid.engine.network.attach import attached, build_network
 from comfyui_braid.engine.network.keys import KEY_FORMATS
 from comfyui_braid.engine.network.layers import layer_shapes
@@ -29,6 +31,12 @@ from comfyui_braid.engine.network.targets import select_targets
 
 EVERY_LAYER = TargetPatterns(include=(".*",), mode="whitelist")
 OF_THE_BLOCKS = TargetPatterns(include=(".*",))  # takes the modulation layers back in, too
+FORMATS = [
+    (name, key_format)
+    for name in ARCHITECTURES
+    for key_format in KEY_FORMATS
+    if (name, key_format) != ("lumina2", "diffusers")  # refused
+]
 
 
 def trained(patcher, targets=OF_THE_BLOCKS, **spec):
@@ -57,8 +65,7 @@ def loaded_by_core(patcher, path, caplog):
     return patched
 
 
-@pytest.mark.parametrize("key_format", KEY_FORMATS)
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name, key_format", FORMATS)
 def test_core_loads_every_key_with_the_effect_of_the_attached_network(
     name, key_format, tmp_path, caplog
 ):
@@ -89,9 +96,15 @@ def test_core_loads_loha_and_lokr(name, key_format, kind, tmp_path, caplog):
     assert distance(sampled(loaded_by_core(patcher, path, caplog), name), expected) < 1e-4
 
 
+def unet_of_two_blocks_a_level():
+    """A tiny U-Net of Stable Diffusion's real depth: two residual blocks a level, not one."""
+    two = dict(num_res_blocks=[2, 2], transformer_depth=[1] * 4, transformer_depth_output=[1] * 6)
+    return built(TinyModel("SD15", MODELS["sd15"].unet_config | two, (4, 16, 16), 64))
+
+
 @pytest.mark.parametrize("key_format", KEY_FORMATS)
 def test_core_loads_the_convolutions_of_a_unet(key_format, tmp_path, caplog):
-    patcher = build("sd15")
+    patcher = unet_of_two_blocks_a_level()
     network = trained(patcher, conv_rank=2, conv_alpha=1.0)
     path = tmp_path / "lora.safetensors"
     write_adapter(path, state_dict_of(network, architecture_of(patcher), key_format), {})
@@ -111,8 +124,7 @@ def test_core_loads_layers_outside_the_blocks_in_comfyui_format(name, tmp_path, 
     assert distance(sampled(loaded_by_core(patcher, path, caplog), name), expected) < 1e-3
 
 
-@pytest.mark.parametrize("key_format", KEY_FORMATS)
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name, key_format", FORMATS)
 def test_braid_reads_its_own_files_back(name, key_format):
     patcher = build(name)
     network, architecture = trained(patcher), architecture_of(patcher)
@@ -133,11 +145,51 @@ def test_braid_reads_its_own_files_back(name, key_format):
         )
 
 
+@pytest.mark.parametrize("convention", ["processors", "PEFT", "sd-scripts"])
+def test_the_files_of_a_unet_are_read_back_under_each_of_diffusers_names(convention):
+    patcher = unet_of_two_blocks_a_level()
+    network, architecture = trained(patcher, conv_rank=2), architecture_of(patcher)
+    state = state_dict_of(network, architecture, "diffusers")
+    assert (
+        "unet.mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_out_lora.up.weight"
+        in state
+    )
+    if convention != "processors":
+        state = {peft_name(key): tensor for key, tensor in state.items()}
+    if convention == "sd-scripts":
+        state = {sd_scripts_name(key): tensor for key, tensor in state.items()}
+    weights = read_adapter(state, layer_shapes(diffusion_model_of(patcher)), architecture)
+    assert list(weights) == list(network.layer_names)
+    for name, ours in network.items():
+        read = adapter_of(weights[name], ours.shape)
+        torch.testing.assert_close(read.delta_weight(), ours.delta_weight(), rtol=1e-5, atol=1e-7)
+
+
+def peft_name(key):
+    key = key.replace(".processor.to_out_", ".to_out.0_").replace(".processor.", ".")
+    return re.sub(r"[._]lora\.(down|up)", lambda m: f".lora_{'AB'[m[1] == 'up']}", key)
+
+
+def sd_scripts_name(key):
+    stem, matrix = re.fullmatch(r"unet\.(.*)\.lora_([AB])\.weight", key).groups()
+    side = "down" if matrix == "A" else "up"
+    return f"lora_unet_{stem.replace('.', '_')}.lora_{side}.weight"
+
+
+@pytest.mark.parametrize("name", ["lumina2", "sd15"])
+def test_files_of_diffusers_format_from_before_it_was_refused_are_still_read(name):
+    patcher = build(name)
+    network, architecture = trained(patcher), architecture_of(patcher)
+    state = state_dict_of(network, DEFAULT, "diffusers")
+    assert all(key.startswith("diffusion_model.") and ".lora_" in key for key in state)
+    weights = read_adapter(state, layer_shapes(diffusion_model_of(patcher)), architecture)
+    assert list(weights) == list(network.layer_names)
+
+
 def test_the_loras_of_core_s_own_trainer_can_be_saved_in_every_format(tmp_path):
     patcher = build("flux")
     weights = trained(patcher)
     lora = state_dict_of(weights, architecture_of(patcher))
-    lora = {key: t for key, t in lora.items()}
     # core's trainer adapts norms and biases as well
     lora["diffusion_model.double_blocks.0.img_attn.qkv.diff_b"] = torch.zeros(384)
     path = saved(lora, tmp_path, key_format="kohya")
@@ -211,6 +263,25 @@ def test_save_refuses_bad_input_before_it_writes(inputs, sentence, tmp_path):
     lora = state_dict_of(trained(patcher), architecture_of(patcher))
     with pytest.raises(ValueError, match=sentence):
         saved(lora, tmp_path, **inputs)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "name, sentence",
+    [
+        ("lumina2", "Lumina 2: diffusers converts only .*; choose comfyui or kohya"),
+        ("sd15", r"diffusers has no name for input_blocks\.3\.0"),  # one residual block a level
+    ],
+)
+def test_what_diffusers_could_not_read_is_refused_before_it_is_written(name, sentence, tmp_path):
+    patcher = build(name)
+    architecture = architecture_of(patcher)
+    state = state_dict_of(trained(patcher), architecture)
+    recorded = AdapterStateDict(state, {"ss_base_model_version": architecture.base_model_version})
+    with pytest.raises(ValueError, match=f"key_format diffusers: {sentence}"):
+        saved(recorded, tmp_path, key_format="diffusers")
+    with pytest.raises(ValueError, match=f"key_format diffusers: {sentence}"):
+        saved(state, tmp_path, key_format="diffusers", model=patcher)
     assert not list(tmp_path.rglob("*.safetensors"))
 
 

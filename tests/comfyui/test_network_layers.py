@@ -4,102 +4,23 @@ import re
 
 import comfy.lora
 import comfy.ops
-import comfy.supported_models
+import comfy.utils
 import pytest
 import torch
 from comfy.ldm.aura.mmdit import MMDiT
-from comfy.ldm.chroma.model import Chroma
-from comfy.ldm.flux.model import Flux
-from comfy.ldm.hunyuan_video.model import HunyuanVideo
-from comfy.ldm.ideogram4.model import Ideogram4Transformer2DModel
-from comfy.ldm.kandinsky5.model import Kandinsky5
-from comfy.ldm.krea2.model import SingleStreamDiT
-from comfy.ldm.lumina.model import NextDiT
-from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
-from comfy.ldm.wan.model import WanModel
-from tiny_models import FLUX, MODELS, build
+from real_models import REAL, network_of, real_model, with_base_model
+from tiny_models import MODELS, build
 
 from comfyui_braid.engine.comfyui.model import architecture_of, diffusion_model_of
 from comfyui_braid.engine.network import architectures
 from comfyui_braid.engine.network.adapter_file import state_dict_of
-from comfyui_braid.engine.network.attach import build_network
 from comfyui_braid.engine.network.keys import KEY_FORMATS
 from comfyui_braid.engine.network.layers import layer_shapes
 from comfyui_braid.engine.network.spec import NetworkSpec, TargetPatterns
 from comfyui_braid.engine.network.targets import DEFAULT_EXCLUDE, select_targets
 
-_FLUX = {k: v for k, v in FLUX.items() if k != "image_model"}
-_FLUX_2 = _FLUX | dict(
-    in_channels=128,
-    out_channels=128,
-    axes_dim=[32] * 4,
-    mlp_ratio=3.0,
-    global_modulation=True,
-    mlp_silu_act=True,
-    qkv_bias=False,
-    ops_bias=False,
-    vec_in_dim=None,
-    patch_size=1,
-)
-_CHROMA = {k: v for k, v in _FLUX.items() if k != "guidance_embed"} | dict(
-    in_dim=64, out_dim=128, hidden_dim=128, n_layers=2
-)
-_HUNYUAN = {k: v for k, v in MODELS["hunyuan_video"].unet_config.items() if k != "image_model"}
-_HUNYUAN_15 = _HUNYUAN | dict(
-    depth_single_blocks=0,
-    vec_in_dim=None,
-    guidance_embed=False,
-    byt5=True,
-    use_cond_type_embedding=True,
-    vision_in_dim=64,
-    meanflow_sum=True,
-)
-_WAN = {k: v for k, v in MODELS["wan"].unet_config.items() if k != "image_model"}
-del _WAN["window_size"]
-_QWEN = {k: v for k, v in MODELS["qwen_image"].unet_config.items() if k != "image_model"}
-_LUMINA = {k: v for k, v in MODELS["lumina2"].unet_config.items() if k != "image_model"}
-_KANDINSKY = dict(num_text_blocks=2, num_visual_blocks=2, model_dim=128, ff_dim=256, time_dim=64)
-_KREA = dict(
-    layers=28, features=128, heads=2, kvheads=2, txtdim=64, txtheads=2, txtkvheads=2, tdim=64
-)
-_IDEOGRAM = dict(num_layers=2, num_attention_heads=2, intermediate_size=256, llm_features_dim=128)
-
-# title → (class, small arguments, unet_config as detected, layers adapted by default)
-REAL = {
-    "FLUX.1": (Flux, _FLUX, {"image_model": "flux"}, 2 * 8 + 4 * 2),
-    "FLUX.2": (Flux, _FLUX_2, {"image_model": "flux2", "hidden_size": 6144}, 2 * 8 + 4 * 2),
-    "Wan 2.1 / 2.2": (WanModel, _WAN, {"image_model": "wan2.1"}, 3 * 10),
-    "Qwen-Image": (QwenImageTransformer2DModel, _QWEN, {"image_model": "qwen_image"}, 2 * 12),
-    "HunyuanVideo": (
-        HunyuanVideo,
-        _HUNYUAN,
-        {"image_model": "hunyuan_video", "vec_in_dim": 768, "use_cond_type_embedding": False},
-        2 * 8 + 2 * 2,
-    ),
-    "HunyuanVideo 1.5": (
-        HunyuanVideo,
-        _HUNYUAN_15,
-        {"image_model": "hunyuan_video", "vec_in_dim": None, "use_cond_type_embedding": True},
-        2 * 8,
-    ),
-    "Lumina 2": (NextDiT, _LUMINA, {"image_model": "lumina2", "dim": 2304}, 2 * 5),
-    "Z-Image": (
-        NextDiT,
-        _LUMINA | {"z_image_modulation": True},
-        {"image_model": "lumina2", "dim": 3840},
-        2 * 5,
-    ),
-    "Kandinsky 5": (Kandinsky5, _KANDINSKY, {"image_model": "kandinsky5"}, 2 * 6 + 2 * 10),
-    "Krea 2": (SingleStreamDiT, _KREA, {"image_model": "krea2"}, 264),
-    "Ideogram 4": (Ideogram4Transformer2DModel, _IDEOGRAM, {"image_model": "ideogram4"}, 2 * 5),
-}
-
-
-def real_model(title: str) -> torch.nn.Module:
-    """ComfyUI's own class without memory for its weights."""
-    kind, arguments, _, _ = REAL[title]
-    operations = comfy.ops.disable_weight_init
-    return kind(**arguments, device="meta", dtype=torch.float32, operations=operations)
+UNET = "U-Net (Stable Diffusion)"
+CANNOT = ("HunyuanVideo 1.5", "HunyuanImage 2.1", "Lumina 2")  # be read by diffusers
 
 
 @pytest.mark.parametrize("title", REAL)
@@ -122,7 +43,7 @@ def test_every_default_exclude_matches_a_real_layer(title):
     assert all(count.matches for count in defaults)
 
 
-@pytest.mark.parametrize("title", REAL)
+@pytest.mark.parametrize("title", [title for title in REAL if title != UNET])
 def test_every_rename_of_the_table_is_about_a_real_layer(title):
     architecture = architectures.architecture_of(REAL[title][2])
     names = layer_shapes(real_model(title))
@@ -133,35 +54,46 @@ def test_every_rename_of_the_table_is_about_a_real_layer(title):
         assert any(re.fullmatch(rename.layer, name) for name in names), rename
 
 
-SUPPORTED = {
-    "FLUX.1": "Flux",
-    "FLUX.2": "Flux2",
-    "Wan 2.1 / 2.2": "WAN21_T2V",
-    "Qwen-Image": "QwenImage",
-    "HunyuanVideo": "HunyuanVideo",
-    "HunyuanVideo 1.5": "HunyuanVideo15",
-    "Lumina 2": "Lumina2",
-    "Z-Image": "ZImage",
-    "Kandinsky 5": "Kandinsky5",
-    "Krea 2": "Krea2",
-    "Ideogram 4": "Ideogram4",
+UNETS = {
+    "SD 1.5": ((1, 2, 4, 4), [1] * 6 + [0] * 2, [1] * 9 + [0] * 3),
+    "SDXL": ((1, 2, 4), [0, 0, 2, 2, 4, 4], [0] * 3 + [2] * 3 + [4] * 3),
+    "SDXL refiner": ((1, 2, 4, 4), [0, 0, 4, 4, 4, 4, 0, 0], [0] * 3 + [4] * 6 + [0] * 3),
 }
 
 
-@pytest.mark.parametrize("key_format", KEY_FORMATS)
-@pytest.mark.parametrize("title", REAL)
+@pytest.mark.parametrize("shape", UNETS)
+def test_every_layer_of_a_unet_has_the_name_that_core_says_diffusers_gives_it(shape):
+    multiples, downward, upward = UNETS[shape]
+    kind, arguments, unet_config, _ = REAL[UNET]
+    arguments = arguments | dict(
+        channel_mult=multiples,
+        num_res_blocks=[2] * len(multiples),
+        transformer_depth=downward,
+        transformer_depth_output=upward,
+    )
+    operations = comfy.ops.disable_weight_init
+    model = kind(**arguments, device="meta", dtype=torch.float32, operations=operations)
+    theirs = {ours: name for name, ours in comfy.utils.unet_to_diffusers(arguments).items()}
+    row = architectures.architecture_of(unet_config)
+    for name in layer_shapes(model):
+        (found,) = next(others for rename in row.diffusers if (others := rename.of(name)))
+        found = found.replace(".processor.to_out", ".to_out.0").replace(".processor.", ".")
+        assert f"{found}.weight" == theirs[f"{name}.weight"]
+
+
+FORMATS = [
+    (title, key_format)
+    for title in REAL
+    for key_format in KEY_FORMATS
+    if not (title in CANNOT and key_format == "diffusers")
+]
+
+
+@pytest.mark.parametrize("title, key_format", FORMATS)
 def test_core_s_key_map_gives_every_layer_its_own_delta(title, key_format):
-    _, arguments, unet_config, _ = REAL[title]
-    config = getattr(comfy.supported_models, SUPPORTED[title])(arguments | unet_config)
-    config.unet_config.update(arguments)  # small again, where the family has fixed sizes
-    config.set_inference_dtype(torch.float32, None)
-    model = config.get_model({}, "", device="meta")
-    architecture = architectures.architecture_of(unet_config)
-    spec = NetworkSpec(rank=2, alpha=1.0, targets=TargetPatterns(include=(".*",)))
-    report = select_targets(model.diffusion_model, spec, architecture)
-    network = build_network(report.selected, spec, seed=0)
-    for adapter in network.adapters.values():
-        torch.nn.init.normal_(adapter.up)
+    model = with_base_model(title)
+    architecture = architectures.architecture_of(REAL[title][2])
+    network = network_of(model.diffusion_model, architecture, TargetPatterns(include=(".*",)))
     state = state_dict_of(network, architecture, key_format)
     loaded = comfy.lora.load_lora(state, comfy.lora.model_lora_keys_unet(model, {}))
     used = {key for patch in loaded.values() for key in patch.loaded_keys}
@@ -178,6 +110,15 @@ def test_core_s_key_map_gives_every_layer_its_own_delta(title, key_format):
                 patch.calculate_weight(rows, key, 1.0, 1.0, None, lambda weight: weight)
                 found[start : start + length] = rows
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("title", CANNOT)
+def test_an_architecture_that_diffusers_cannot_read_is_refused_and_says_why(title):
+    architecture = architectures.architecture_of(REAL[title][2])
+    network = network_of(real_model(title), architecture, TargetPatterns())
+    sentence = re.escape(f"{title}: {architecture.diffusers_cannot}; choose comfyui or kohya")
+    with pytest.raises(ValueError, match=f"key_format diffusers: {sentence}"):
+        state_dict_of(network, architecture, "diffusers")
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -197,16 +138,6 @@ def test_a_loaded_model_is_recognised_and_adapted(name):
     report = select_targets(diffusion_model_of(patcher), NetworkSpec(), architecture)
     assert all(count.matches for count in report.patterns)
     assert report.parameters > 0
-
-
-def test_chroma_has_no_modulation_in_its_blocks():
-    model = Chroma(
-        **_CHROMA, device="meta", dtype=torch.float32, operations=comfy.ops.disable_weight_init
-    )
-    report = select_targets(
-        model, NetworkSpec(), architectures.architecture_of({"image_model": "chroma"})
-    )
-    assert len(report.selected) == 2 * 8 + 4 * 2
 
 
 def test_the_unet_adapts_attention_and_takes_its_convolutions_with_conv_dim():

@@ -173,7 +173,7 @@ def test_saved_states_are_offered_newest_first(tmp_path, monkeypatch):
         os.utime(path, (1000 - age, 1000 - age))
     (resume,) = [i for i in BraidCheckpointing.define_schema().inputs if i.id == "resume"]
     assert resume.options == [
-        "",
+        "start afresh",
         "latest",
         "new/new-step00000001.state",
         "old/old-step00000001.state",
