@@ -239,9 +239,10 @@ def test_dropouts_leave_the_expected_delta_as_it_is(kind, layer):
     built = adapter(kind, layer, neuron_dropout=0.3, rank_dropout=0.2)
     x = torch.randn(INPUTS[layer])
     torch.manual_seed(0)
-    mean = sum(built.delta(x) for _ in range(4000)) / 4000
-    expected = built.eval().delta(x)
-    assert (mean - expected).norm() < 0.03 * expected.norm()
+    with torch.no_grad():
+        mean = sum(built.delta(x) for _ in range(1500)) / 1500
+        expected = built.eval().delta(x)
+    assert (mean - expected).norm() < 0.05 * expected.norm()
 
 
 @pytest.mark.parametrize("layer", ["linear", "conv2d"])
