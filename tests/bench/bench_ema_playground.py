@@ -28,12 +28,9 @@ import torch  # noqa: E402
 
 from comfyui_braid.engine.checkpoints import Checkpoints  # noqa: E402
 from comfyui_braid.engine.ema.average import averaged, plan_average  # noqa: E402
+from comfyui_braid.engine.ema.reconstruction import plan_reconstruction, reconstructed  # noqa: E402
 from comfyui_braid.engine.ema.schedule import MusubiPower, Power  # noqa: E402
-from comfyui_braid.engine.ema.shadows import (  # noqa: E402
-    Shadows,
-    plan_reconstruction,
-    reconstructed,
-)
+from comfyui_braid.engine.ema.shadows import Shadows  # noqa: E402
 from comfyui_braid.engine.network.adapter_file import (  # noqa: E402
     load_weights,
     read_adapter,

@@ -17,13 +17,15 @@ from tiny_models import FLUX, MODELS, TinyModel, build, conditioning, latent
 
 from comfyui_braid.engine.checkpoints import find_checkpoints
 from comfyui_braid.engine.comfyui.fp8.loader import Fp8Request, load_fp8
-from comfyui_braid.engine.files import read_header, sshs_hashes, write_safetensors
+from comfyui_braid.engine.disk.hashes import sshs_hashes
+from comfyui_braid.engine.files import read_header, write_safetensors
 from comfyui_braid.engine.fp8.policy import Fp8Policy
 from comfyui_braid.engine.magcache.plan import MagCachePlan
 from comfyui_braid.engine.magcache.presets import preset_named
 from comfyui_braid.engine.network.spec import NetworkSpec
 from comfyui_braid.engine.training.options import Checkpointing, TrainingOptions
-from comfyui_braid.engine.training.states.saving import find_state, fingerprint
+from comfyui_braid.engine.training.states.identity import fingerprint
+from comfyui_braid.engine.training.states.saving import find_state
 from comfyui_braid.engine.training.states.state import read_state
 from comfyui_braid.nodes.ema.nodes import BraidPostHocEma
 from comfyui_braid.nodes.fp8 import BraidSaveFp8
