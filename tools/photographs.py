@@ -32,6 +32,10 @@ def rows(seen: Camera, *titles: str) -> Image.Image:
     return stacked([stacked(seen.results(title), 0, across=True) for title in titles], 0)
 
 
+SAMPLED = "FLUX at 1024 x 1024"
+"""The Timestep Sampling node of 02 that is shown."""
+
+
 def everything(seen: Camera) -> None:
     seen.run("00_everything")
     (grid,) = seen.results("Side by side")
@@ -47,7 +51,7 @@ def train_a_lora(seen: Camera) -> None:
 
 def choose_timesteps(seen: Camera) -> None:
     seen.run("02_choose_timesteps")
-    picture("timestep_sampling.png", seen.node("Timestep Sampling"))
+    picture("timestep_sampling.png", seen.node(SAMPLED))
     (figure,) = seen.results("Preview Image")
     picture("timestep_preview.png", figure)
     thumbnail("02_choose_timesteps", figure)
@@ -99,7 +103,7 @@ def looks(seen: Camera) -> None:
             seen.dress(ColorPalette=palette, VueNodes__Enabled=vue)
             seen.open("02_choose_timesteps")
             take = seen.vue_node if vue else seen.node
-            taken.append(take("Timestep Sampling"))
+            taken.append(take(SAMPLED))
     seen.dress(ColorPalette="dark", VueNodes__Enabled=False)
     picture("looks.png", stacked(taken, 0, across=True), 1600)
 
