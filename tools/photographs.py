@@ -89,7 +89,7 @@ def magcache(seen: Camera) -> None:
 
 
 def real_models(seen: Camera) -> None:
-    columns = ("4 · Noise levels, checkpoints", "5 · Train", "6 · Average its checkpoints")
+    columns = ("3 · What is trained", "4 · Noise levels, checkpoints")
     for name in ("10_flux_train_lora", "11_wan_train_lora", "12_qwen_image_train_lora"):
         seen.open(name)
         thumbnail(name, seen.graph(1200, *columns))
