@@ -163,14 +163,18 @@ UNET = (
         )
     )
     + tuple(
-        Rename(layer=rf"input_blocks\.{3 * level + 3}\.0\.op", names=(f"{name}.conv",))
+        Rename(
+            layer=rf"input_blocks\.{3 * level + 3}\.0\.op",
+            names=(f"down_blocks.{level}.downsamplers.0.conv",),
+        )
         for level in range(3)
-        for name in (f"down_blocks.{level}.downsamplers.0",)
     )
     + tuple(
-        Rename(layer=rf"output_blocks\.{3 * level + 2}\.[12]\.conv", names=(f"{name}.conv",))
+        Rename(
+            layer=rf"output_blocks\.{3 * level + 2}\.[12]\.conv",
+            names=(f"up_blocks.{level}.upsamplers.0.conv",),
+        )
         for level in range(3)
-        for name in (f"up_blocks.{level}.upsamplers.0",)
     )
     + tuple(
         Rename(layer=layer, names=(name,))

@@ -106,14 +106,15 @@ class ComfyDenoiser:
         `noised` (B, C, ...) on any device, `t` (B,) in [0, 1], one conditioning per item. Prompts
         of different lengths are computed one after the other: padding would change them.
         """
+        parts = groups(conditioning)
         if torch.is_grad_enabled():
-            self.forward_calls += len(groups(conditioning))
-        output = self._output(noised, t, conditioning)
+            self.forward_calls += len(parts)
+        output = self._output(noised, t, conditioning, parts)
         if self._unproven and output.requires_grad:
             self._unproven = False
             if not differentiates([output]):
                 self._session.enter_context(guarded())
-                output = self._output(noised, t, conditioning)
+                output = self._output(noised, t, conditioning, parts)
         return output
 
     def check(self, items: Sequence[tuple[Tensor, Conditioning]]) -> None:
@@ -152,14 +153,14 @@ class ComfyDenoiser:
                 comfy.model_management.load_models_gpu([self.patcher])
             self.patcher.pre_run()
 
-    def _output(self, noised: Tensor, t: Tensor, conditioning: Sequence[Conditioning]) -> Tensor:
+    def _output(
+        self, noised: Tensor, t: Tensor, items: Sequence[Conditioning], parts: list[list[int]]
+    ) -> Tensor:
         noised, t = noised.to(self.device), t.to(self.device)
-        parts = groups(conditioning)
         if len(parts) == 1:
-            return self._output_of_alike(noised, t, conditioning)
+            return self._output_of_alike(noised, t, items)
         outputs = [
-            self._output_of_alike(noised[part], t[part], [conditioning[i] for i in part])
-            for part in parts
+            self._output_of_alike(noised[part], t[part], [items[i] for i in part]) for part in parts
         ]
         order = torch.tensor([index for part in parts for index in part])
         return torch.cat(outputs)[torch.argsort(order).to(self.device)]
@@ -215,8 +216,7 @@ def training_session(
     """Load `patcher`'s model and make it differentiable; everything is undone on the way out.
 
     `compute_dtype`: what the base computes in, whatever its weights are stored in.
-    `guidance`: replaces the distilled guidance of the conditioning in networks that embed one (FLUX
-    dev, HunyuanVideo).
+    `guidance`: replaces the conditioning's distilled guidance in networks that embed one.
     `offload`: keep as little of the model on the device as the host can.
     `latents_shape`: a batch of latents at its largest, for the host's estimate of memory.
     """
