@@ -20,7 +20,7 @@ class SearchEndedError(ValueError):
 class Bounds:
     """How far a search may go, and where it may look."""
 
-    entries: int = 200_000
+    entries: int = 100_000
     """Files and folders that are looked at, and files that are opened."""
     seconds: float = 60.0
     check: Callable[[Path], object] = field(default=lambda path: None)

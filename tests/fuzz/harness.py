@@ -6,6 +6,7 @@ the end of the process. The next child goes on behind it.
 """
 
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -139,6 +140,7 @@ def _work(target: Target, numbers: Sequence[int], folder: Path, sending: int) ->
         logging.disable()
         warnings.simplefilter("ignore")
         _limit_address_space()
+        gc.freeze()  # garbage of the parent, freed while an input is read, would hide its growth
         at_start = _peak_bytes()
         for number in numbers:
             answer = {"number": number} | answered(target, input_of(target, number), folder)

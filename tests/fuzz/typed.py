@@ -34,7 +34,7 @@ TYPED: dict[str, tuple[str, ...]] = {
     "wandb_run_name": ("", "a run"),
     "pattern": ("*.safetensors", "run-step*.safetensors", "**/*-step[0-9]*.safetensors"),
     "folder": ("run", "."),
-    "path": ("", "/tmp", "~/loras"),
+    "path": ("", "/no/loras", "~/loras"),
     "sigma_rels": ("0.05, 0.1, 0.15", "0.2\n0.25", "0.28868"),
     "mag_ratios": ("1.0,1.02,0.98,0.9", "1,1,1\n1,0.9,0.8", "0"),
     "file": ("a.json", "x/b.json"),
