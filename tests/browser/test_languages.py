@@ -1,5 +1,6 @@
 """A Japanese and a Chinese user's first minute: nodes, tooltips and help in their language."""
 
+import contextlib
 import re
 
 import pytest
@@ -119,12 +120,13 @@ def tooltip_of(page, name: str, label: str, vue: bool) -> str:
 def open_help(page) -> None:
     """Click the node's title until its toolbox shows, because a first click may come before the
     first frame; then the info button in it."""
+    from playwright.sync_api import TimeoutError  # without playwright these tests are skipped
+
     button = page.get_by_test_id("info-button")
     for _ in range(20):
         page.mouse.click(*page.evaluate(PLACE, "title"))
-        page.wait_for_timeout(1000)
-        if button.count():
-            return button.click()
+        with contextlib.suppress(TimeoutError):
+            return button.click(timeout=1000)
     raise AssertionError("no toolbox appears above the node")
 
 

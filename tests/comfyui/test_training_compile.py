@@ -9,8 +9,7 @@ import comfy.sd
 import pytest
 import torch
 from fp8_files import write_model
-from tiny_models import build, sampled
-from torch._inductor.compile_fx import compile_fx
+from tiny_models import MODELS, build, sampled
 from training_cases import PLAN, run, trained_on
 
 from comfyui_braid.engine.comfyui.differentiable.compilation import compiled
@@ -59,21 +58,34 @@ def test_a_compiled_run_has_the_losses_of_a_plain_one_and_leaves_the_model_alone
     assert torch._dynamo.config.cache_size_limit == limit
 
 
-@pytest.mark.skipif(not shutil.which("c++"), reason="inductor needs a C++ compiler on a CPU")
 def test_every_step_runs_compiled_code_also_where_blocks_change_their_inputs_in_place(tmp_path):
-    """Inductor saves what the next FLUX block would change: then torch compiles nothing more."""
+    """Inductor's partition saves what the next FLUX block would change: then torch compiles nothing
+    more. The backend has that partition and needs no C++ compiler."""
     runs = collections.Counter()
+    partitioned = torch._dynamo.lookup_backend("aot_eager_decomp_partition")
 
-    def inductor(graph, inputs):
-        code = compile_fx(graph, inputs)
+    def counted(graph, inputs):
+        code = partitioned(graph, inputs)
         return lambda *args: runs.update(["block"]) or code(*args)
 
-    torch._dynamo.register_backend(inductor, name="counted_inductor")
+    torch._dynamo.register_backend(counted, name="counted")
     plan = dataclasses.replace(SHORT, gradient_checkpointing=False, steps=3)
     plain = run("flux", tmp_path, plan=plan)
-    trained = run("flux", tmp_path, plan=plan, options=options(dynamo_backend="counted_inductor"))
+    trained = run("flux", tmp_path, plan=plan, options=options(dynamo_backend="counted"))
     assert trained.loss_map["loss"] == pytest.approx(plain.loss_map["loss"], rel=1e-5)
     assert trained.report["compiled"] == "6 blocks" and runs["block"] == 6 * 3
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="inductor needs a C++ compiler on a CPU")
+def test_torchs_own_compiler_gives_the_losses_of_a_plain_run(tmp_path, monkeypatch):
+    """A single block, because each of its kernels is a call of the C++ compiler."""
+    single = {**MODELS["flux"].unet_config, "depth": 0, "depth_single_blocks": 1}
+    monkeypatch.setitem(MODELS, "flux", dataclasses.replace(MODELS["flux"], unet_config=single))
+    plan = dataclasses.replace(SHORT, gradient_checkpointing=False)
+    plain = run("flux", tmp_path, plan=plan)
+    trained = run("flux", tmp_path, plan=plan, options=options(dynamo_backend="inductor"))
+    assert trained.report["compiled"] == "1 blocks"
+    assert trained.loss_map["loss"] == pytest.approx(plain.loss_map["loss"], rel=1e-5)
 
 
 def test_a_model_that_autograd_must_be_guarded_on_says_that_it_is_not_compiled(
