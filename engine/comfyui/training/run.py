@@ -11,6 +11,7 @@ from comfy.model_patcher import ModelPatcher
 
 from ...ema.shadows import SIGMA_RELS
 from ...network.attach import Network, attached, build_network, parameter_groups
+from ...network.spec import NetworkSpec
 from ...network.targets import TargetReport, select_targets
 from ...timesteps.stream import TimestepStream
 from ...training.dataset import Dataset, TrainingItem
@@ -19,6 +20,8 @@ from ...training.logs import TrainingLogs, open_logs
 from ...training.loop import TrainingRun, TrainingStep
 from ...training.optimizers.optimizer import Optimization
 from ...training.optimizers.rehearsal import rehearse
+from ...training.options import Preview
+from ...training.plan import TrainingPlan
 from ...training.states.saving import find_state, run_folder, saved
 from ...training.validation import Validator, validated
 from ..differentiable.compilation import Compiled, compiled, compiled_steps
@@ -60,7 +63,7 @@ def train_lora(job: TrainingJob, inputs: TrainingInputs, say: Callable[[str], No
     `say` shows one line of text at the node.
     """
     patcher, warn = inputs.patcher, RunWarnings(say)
-    targets = _select_targets(job, patcher)
+    targets = _select_targets(job.network, patcher)
     estimate = _estimate(job, inputs, targets)
     refuse_if_too_large(estimate)
     _rehearse(job, patcher, targets)
@@ -72,7 +75,7 @@ def train_lora(job: TrainingJob, inputs: TrainingInputs, say: Callable[[str], No
         items = prepared(denoiser, inputs.pairs, job.timesteps)
         held_out = prepared(denoiser, inputs.held_out, job.timesteps)
         network = build_network(
-            targets.selected, job.network, job.plan.seed, _compute_dtype(job, patcher)
+            targets.selected, job.network, job.plan.seed, _compute_dtype(job.plan, patcher)
         ).to(denoiser.device)
         stack.enter_context(attached(denoiser.diffusion_model, network))
         run = _build_run(job, denoiser, network, items)
@@ -85,7 +88,7 @@ def train_lora(job: TrainingJob, inputs: TrainingInputs, say: Callable[[str], No
             steps = validated(steps, run, Validator(held_out, job.validation))
         steps = saved(steps, run, files.saver, warn)
         steps = _watched(
-            steps, run, resolved, _build_previewer(job, inputs, denoiser, folder), warn
+            steps, run, resolved, _build_previewer(job.preview, inputs, denoiser, folder), warn
         )
         _train(steps, run, files, say)
         lora, shadows = files.save_finished(), files.save_shadows()
@@ -104,8 +107,8 @@ def train_lora(job: TrainingJob, inputs: TrainingInputs, say: Callable[[str], No
     )
 
 
-def _select_targets(job: TrainingJob, patcher: ModelPatcher) -> TargetReport:
-    targets = select_targets(diffusion_model_of(patcher), job.network, architecture_of(patcher))
+def _select_targets(network: NetworkSpec, patcher: ModelPatcher) -> TargetReport:
+    targets = select_targets(diffusion_model_of(patcher), network, architecture_of(patcher))
     for warning in targets.warnings:
         logger.warning(warning)
     return targets
@@ -121,7 +124,7 @@ def _open_session(
     denoiser = stack.enter_context(
         training_session(
             patcher,
-            compute_dtype=_compute_dtype(job, patcher),
+            compute_dtype=_compute_dtype(plan, patcher),
             gradient_checkpointing=plan.gradient_checkpointing,
             guidance=plan.guidance,
             offload=plan.blocks_to_swap > 0,
@@ -151,8 +154,8 @@ def _resume(
     return run.step
 
 
-def _compute_dtype(job: TrainingJob, patcher: ModelPatcher) -> torch.dtype:
-    chosen = COMPUTE_DTYPES.get(job.plan.mixed_precision)
+def _compute_dtype(plan: TrainingPlan, patcher: ModelPatcher) -> torch.dtype:
+    chosen = COMPUTE_DTYPES.get(plan.mixed_precision)
     return chosen or patcher.model.get_dtype_inference()
 
 
@@ -199,12 +202,12 @@ def _watched(
 
 
 def _build_previewer(
-    job: TrainingJob, inputs: TrainingInputs, denoiser: ComfyDenoiser, folder: Path
+    preview: Preview | None, inputs: TrainingInputs, denoiser: ComfyDenoiser, folder: Path
 ) -> Previewer | None:
-    if not (job.preview and inputs.preview_sampling):
+    if not (preview and inputs.preview_sampling):
         return None
     positive = inputs.pairs[0][1]
-    return Previewer(job.preview.every_n_steps, inputs.preview_sampling, denoiser, positive, folder)
+    return Previewer(preview.every_n_steps, inputs.preview_sampling, denoiser, positive, folder)
 
 
 def _logged(
