@@ -120,6 +120,16 @@ class BraidNetwork(io.ComfyNode):
                     "conv_dim, conv_alpha, factor, verbose, and any widget of this node by name. "
                     "What is given here wins.",
                 ),
+                io.Boolean.Input(
+                    "split_qkv",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip="On: where a model holds q, k and v in one layer (FLUX, Chroma, "
+                    "HunyuanVideo, Z-Image, Lumina 2, ...), each of them gets an adapter of its "
+                    "own, as musubi-tuner trains Z-Image. Learns more, trains more parameters. "
+                    "lora only.",
+                ),
             ],
             outputs=[
                 sockets.Network.Output(

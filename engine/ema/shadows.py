@@ -10,7 +10,7 @@ JSON of `ShadowsInfo`. Equation numbers: arXiv 2312.02696.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -131,18 +131,27 @@ class Shadows:
         self.step = int(step)
 
     def write(
-        self, path: Path, constants: Mapping[str, Tensor], metadata: Mapping[str, str]
+        self,
+        path: Path,
+        constants: Mapping[str, Tensor],
+        metadata: Mapping[str, str],
+        filed: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict,
     ) -> None:
         """Save for reconstruction, whole or not at all; call `catch_up` first.
 
         `constants` are the tensors of an adapter file that training does not move (alphas),
-        `metadata` that of the run's adapter files.
+        `metadata` that of the run's adapter files. `filed` puts tensors under the keys of the live
+        ones into the form of those files; it must be linear, as averages of averages follow.
         """
         info = ShadowsInfo(
             step=self.step,
             sigma_rels=self.sigma_rels,
             update_every_steps=self.update_every_steps,
         )
-        tensors = {key: value for key, value in self.state_dict().items() if key != "step"}
+        tensors = {
+            f"{sigma_rel}/{key}": tensor
+            for sigma_rel, shadows in zip(self.sigma_rels, self._shadows, strict=True)
+            for key, tensor in filed(dict(zip(self._keys, shadows, strict=True))).items()
+        }
         tensors |= {f"{CONSTANT}/{key}": value for key, value in constants.items()}
         write_safetensors(path, tensors, {**metadata, METADATA_KEY: json.dumps(asdict(info))})

@@ -12,9 +12,10 @@ from ..disk.hashes import sshs_hashes
 from ..disk.reading import damage_named
 from ..disk.writing import NotWrittenError
 from ..files import mapped_tensors, write_safetensors
+from .adapters import Adapter
 from .architectures import Architecture
 from .attach import Network
-from .keys import KeyFormat, decoded, encoded
+from .keys import KeyFormat, comfyui_key, decoded, encoded
 from .layers import LayerShape
 from .weights import AdapterWeights
 
@@ -28,15 +29,37 @@ SAVE_PRECISIONS: dict[str, torch.dtype | None] = {
 
 
 def weights_of(network: Network) -> dict[str, AdapterWeights]:
-    """The present weights, detached but not copied, in the model's order."""
+    """The present weights as files hold them, detached but not copied, in the model's order."""
     return {
         name: AdapterWeights(
             kind=network.spec.kind,
-            tensors={key: parameter.detach() for key, parameter in adapter.named_parameters()},
-            alpha=adapter.alpha,
+            tensors=adapter.filed(_detached(adapter)),
+            alpha=adapter.filed_alpha,
         )
         for name, adapter in network.items()
     }
+
+
+def live_tensors(network: Network) -> dict[str, Tensor]:
+    """The trained tensors themselves, under ComfyUI's keys, for what follows them while they change.
+
+    What is gathered from them, in place of the tensors, `as_filed` puts into the form of a file.
+    """
+    return {
+        comfyui_key(name, adapter, parameter): tensor
+        for name, adapter in network.items()
+        for parameter, tensor in _detached(adapter).items()
+    }
+
+
+def as_filed(network: Network, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`live_tensors`, or averages under their keys, as an adapter file holds them."""
+    filed = {}
+    for name, adapter in network.items():
+        keys = {p: comfyui_key(name, adapter, p) for p, _ in adapter.named_parameters()}
+        held = adapter.filed({parameter: tensors[key] for parameter, key in keys.items()})
+        filed |= {keys[parameter]: tensor for parameter, tensor in held.items()}
+    return filed
 
 
 def state_dict_of(
@@ -71,17 +94,17 @@ def load_weights(network: Network, weights: Mapping[str, AdapterWeights]) -> Non
     """Copy `weights` into the network in place; ValueError when they are of another shape."""
     for name, adapter in network.items():
         layer = weights.get(name)
-        own = {key: parameter.shape for key, parameter in adapter.named_parameters()}
+        own = {key: tensor.shape for key, tensor in adapter.filed(_detached(adapter)).items()}
         given = {} if layer is None else {key: t.shape for key, t in layer.tensors.items()}
         if layer is None or own != given:
             raise ValueError(
                 f"the weights do not fit the network: {name} needs {_shapes(own)}, "
                 f"the file has {_shapes(given) or 'nothing'}"
             )
-        adapter.alpha = layer.alpha
-        with torch.no_grad():
-            for key, parameter in adapter.named_parameters():
-                parameter.copy_(layer.tensors[key])
+        try:
+            adapter.take(layer.tensors, layer.alpha)
+        except ValueError as error:
+            raise ValueError(f"the weights do not fit the network at {name}: {error}") from error
 
 
 def cast(
@@ -118,6 +141,10 @@ def verify_adapter(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[
                     raise _damaged(path, f"{key} read back different")
     except safetensors.SafetensorError as error:
         raise _damaged(path, f"could not be read back ({error})") from error
+
+
+def _detached(adapter: Adapter) -> dict[str, Tensor]:
+    return {name: parameter.detach() for name, parameter in adapter.named_parameters()}
 
 
 def _damaged(path: Path, what: str) -> NotWrittenError:

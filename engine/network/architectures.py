@@ -19,19 +19,8 @@ from dataclasses import dataclass, field
 from types import EllipsisType
 from typing import Any
 
-from .renames import (
-    CHROMA,
-    FLUX,
-    FLUX_2,
-    HUNYUAN,
-    HUNYUAN_15_SPLIT,
-    KREA_2,
-    LUMINA_BLOCK,
-    UNET,
-    UNET_PEFT,
-    Z_IMAGE,
-    Rename,
-)
+from . import renames
+from .renames import LUMINA_BLOCK
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,8 +45,8 @@ class Architecture:
     """modelspec.resolution."""
     diffusers_prefix: str = "diffusion_model."
     """Key prefix that both ComfyUI and diffusers read for this family in PEFT files."""
-    diffusers: tuple[Rename, ...] = ()
-    """Layers whose name in diffusers differs."""
+    diffusers: tuple[renames.Rename, ...] = ()
+    """Layers whose name in diffusers differs, or whose rows have parts."""
     diffusers_keeps: str = r".*"
     """Regular expression of the other layers that diffusers reads, under the name they have here;
     must match the whole dotted name. Of what neither this nor `diffusers` is about it reads none.
@@ -66,7 +55,7 @@ class Architecture:
     """What follows a layer's name there: of the down and of the up matrix."""
     diffusers_cannot: str = ""
     """Why no file of this family is read by diffusers and ComfyUI both; "" where one is."""
-    musubi: tuple[Rename, ...] = ()
+    musubi: tuple[renames.Rename, ...] = ()
     """Layers whose name in musubi-tuner differs from both; only read, never written."""
 
 
@@ -76,7 +65,7 @@ _FLUX_2_COMMON: dict[str, Any] = dict(
     layers=_STREAM_BLOCKS,  # the modulation of FLUX.2 is shared and lies outside the blocks
     implementation="https://github.com/black-forest-labs/flux2",
     diffusers_prefix="transformer.",
-    diffusers=FLUX_2,
+    diffusers=renames.FLUX_2,
     diffusers_keeps="",
 )
 _HUNYUAN_COMMON: dict[str, Any] = dict(layers=_STREAM_BLOCKS, exclude=_STREAM_MODULATION)
@@ -95,6 +84,7 @@ DEFAULT = Architecture(
     ),
     base_model_version="unknown",
     modelspec="unknown",
+    diffusers=renames.ANY_QKV,
 )
 """For anything that no row below detects."""
 
@@ -108,7 +98,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         modelspec="Flux.1-dev",
         implementation="https://github.com/black-forest-labs/flux",
         diffusers_prefix="transformer.",
-        diffusers=FLUX,
+        diffusers=renames.FLUX,
         diffusers_keeps="",
     ),
     Architecture(
@@ -140,7 +130,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         modelspec="Chroma",
         implementation="https://huggingface.co/lodestones/Chroma",
         diffusers_prefix="transformer.",
-        diffusers=CHROMA,
+        diffusers=renames.CHROMA,
         diffusers_keeps="",
     ),
     Architecture(
@@ -180,7 +170,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         modelspec="hunyuan-video-1.5",
         implementation="https://github.com/Tencent-Hunyuan/HunyuanVideo-1.5",
         resolution="1280x720",
-        musubi=(*HUNYUAN, *HUNYUAN_15_SPLIT),
+        musubi=(*renames.HUNYUAN, *renames.HUNYUAN_15_SPLIT),
         diffusers_cannot=_NO_LOADER,
         **_HUNYUAN_COMMON,
     ),
@@ -191,7 +181,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         modelspec="hunyuan-image-2.1",
         implementation="https://github.com/Tencent-Hunyuan/HunyuanImage-2.1",
         resolution="2048x2048",
-        musubi=HUNYUAN,
+        musubi=renames.HUNYUAN,
         diffusers_cannot=_NO_LOADER,
         **_HUNYUAN_COMMON,
     ),
@@ -203,7 +193,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         implementation="https://github.com/Tencent/HunyuanVideo",
         resolution="1280x720",
         diffusers_prefix="transformer.",
-        diffusers=HUNYUAN,
+        diffusers=renames.HUNYUAN,
         diffusers_keeps=r"single_blocks\.\d+\.linear[12]",
         **_HUNYUAN_COMMON,
     ),
@@ -214,7 +204,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         modelspec="Z-Image",
         implementation="https://github.com/Tongyi-MAI/Z-Image",
         diffusers_prefix="transformer.",
-        diffusers=Z_IMAGE,
+        diffusers=renames.Z_IMAGE,
         diffusers_keeps=LUMINA_BLOCK + r"(feed_forward|adaLN_modulation)\..*",
         **_LUMINA_COMMON,
     ),
@@ -226,7 +216,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         implementation="https://github.com/Alpha-VLLM/Lumina-Image-2.0",
         # ComfyUI's map of separate q, k, v is only right for as many key as query heads (Z-Image)
         diffusers_cannot="diffusers converts only files that adapt every layer of every block",
-        musubi=Z_IMAGE,
+        musubi=renames.Z_IMAGE,
         **_LUMINA_COMMON,
     ),
     Architecture(
@@ -248,7 +238,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         modelspec="Krea-2",
         implementation="https://github.com/krea-ai/krea-2",
         diffusers_prefix="transformer.",
-        diffusers=KREA_2,
+        diffusers=renames.KREA_2,
         diffusers_keeps="",
     ),
     Architecture(
@@ -259,6 +249,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         base_model_version="ideogram4",
         modelspec="Ideogram-4",
         implementation="https://huggingface.co/Comfy-Org/Ideogram-4",
+        diffusers=renames.IDEOGRAM_4,
         diffusers_keeps=r"layers\..*",
     ),
     Architecture(
@@ -270,11 +261,11 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         modelspec="stable-diffusion",
         implementation="https://github.com/Stability-AI/generative-models",
         diffusers_prefix="unet.",
-        diffusers=UNET,
+        diffusers=renames.UNET,
         diffusers_keeps="",
         # Not PEFT's: of the attention layers ComfyUI knows no name that PEFT's would follow.
         diffusers_suffixes=(".lora.down.weight", ".lora.up.weight"),
-        musubi=UNET_PEFT,
+        musubi=renames.UNET_PEFT,
     ),
 )
 """Rows are tried from the top: more specific ones first."""

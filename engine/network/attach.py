@@ -9,13 +9,14 @@ touched; networks may be attached on top of each other.
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .adapters import ADAPTERS, Adapter, LoRA
+from .adapters import ADAPTERS, Adapter, LoRA, SplitLoRA
 from .keys import kohya_name
 from .layers import LayerShape
 from .spec import NetworkSpec
@@ -67,19 +68,21 @@ def build_network(
     generator = torch.Generator().manual_seed(seed)
     adapters = {}
     for target in targets:
-        adapters[target.name] = build_adapter(target.shape, spec)
+        adapters[target.name] = build_adapter(target.shape, spec, target.rows)
         adapters[target.name].reset_parameters(generator)
     network = Network(adapters, spec)
     network.set_compute_dtype(compute_dtype)
     return network
 
 
-def build_adapter(shape: LayerShape, spec: NetworkSpec) -> Adapter:
-    """One adapter with uninitialised parameters."""
+def build_adapter(shape: LayerShape, spec: NetworkSpec, rows: tuple[int, ...] = ()) -> Adapter:
+    """One adapter with uninitialised parameters; `rows` as in Candidate."""
     rank, alpha = spec.rank_and_alpha(large_kernel=shape.has_large_kernel)
-    return ADAPTERS[spec.kind](
+    sizes = parameter_shapes(shape, spec, rows)
+    build = partial(SplitLoRA, rows=rows) if rows else ADAPTERS[spec.kind]
+    return build(
         shape,
-        {name: torch.empty(size) for name, size in parameter_shapes(shape, spec).items()},
+        {name: torch.empty(size) for name, size in sizes.items()},
         alpha=alpha,
         rank=rank,
         neuron_dropout=spec.neuron_dropout,
@@ -142,9 +145,9 @@ class WeightNorms:
     """What `scale_weight_norms` did; tensors on the network's device, so nothing waits for it."""
 
     scaled: Tensor
-    """Number of layers whose weights were scaled down; 0-d int64."""
+    """Number of LoRAs whose weights were scaled down; 0-d int64."""
     norms: Tensor
-    """Frobenius norm of ΔW of every layer afterwards, (layers,) float32."""
+    """Frobenius norm of ΔW of every LoRA afterwards, (LoRAs,) float32."""
 
 
 @torch.no_grad()
@@ -152,16 +155,17 @@ def scale_weight_norms(network: Network, limit: float) -> WeightNorms:
     """Scale down, in place, every LoRA whose ‖ΔW‖ exceeds `limit` (kohya's --scale_weight_norms).
 
     n = ‖up·down·alpha/rank‖_F; where it exceeds the limit, both matrices are multiplied by the
-    square root of limit / n.
+    square root of limit / n. Each part of a split layer is a LoRA of its own.
     """
     check_weight_norms(network, limit)
     loras = [adapter for adapter in network.in_order() if isinstance(adapter, LoRA)]
-    norms = torch.stack([_frobenius_norm(lora) for lora in loras])
+    pairs = [(up, down, lora.scale) for lora in loras for up, down in lora.pairs()]
+    norms = torch.stack([_frobenius_norm(up, down) * scale for up, down, scale in pairs])
     clamped = norms.clamp(min=limit / 2)  # a fresh network does not divide by zero
     ratio = clamped.clamp(max=limit) / clamped
-    for lora, factor in zip(loras, ratio.sqrt().unbind(), strict=True):
-        lora.down.mul_(factor)
-        lora.up.mul_(factor)
+    for (up, down, _), factor in zip(pairs, ratio.sqrt().unbind(), strict=True):
+        down.mul_(factor)
+        up.mul_(factor)
     return WeightNorms(scaled=(ratio != 1).sum(), norms=norms * ratio)
 
 
@@ -173,7 +177,7 @@ def check_weight_norms(network: Network, limit: float) -> None:
         )
 
 
-def _frobenius_norm(adapter: LoRA) -> Tensor:
-    """‖ΔW‖_F of one LoRA, as √tr((upᵀup)(down·downᵀ)): no matrix of the size of ΔW."""
-    up, down = adapter.up.flatten(1), adapter.down.flatten(1)
-    return ((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt() * adapter.scale
+def _frobenius_norm(up: Tensor, down: Tensor) -> Tensor:
+    """‖up·down‖_F as √tr((upᵀup)(down·downᵀ)): no matrix of the size of the product."""
+    up, down = up.flatten(1), down.flatten(1)
+    return ((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt()

@@ -15,7 +15,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from .adapters import ADAPTERS
+from .adapters import ADAPTERS, Adapter
 from .architectures import Architecture
 from .layers import LayerShape
 from .spec import Kind
@@ -68,6 +68,11 @@ _OF_DIFFUSERS = r"(\.lora_[AB](\.default)?|^unet\..*[._]lora\.(down|up))\.weight
 def kohya_name(layer_name: str) -> str:
     """A layer in kohya's and musubi's files: the prefix, and the dotted name with underscores."""
     return KOHYA_PREFIX + layer_name.replace(".", "_")
+
+
+def comfyui_key(layer_name: str, adapter: Adapter, parameter: str) -> str:
+    """The key of one parameter in ComfyUI's format."""
+    return f"{COMFYUI_PREFIX}{layer_name}.{adapter.KEYS[parameter]}"
 
 
 def encoded(

@@ -13,11 +13,17 @@ class Rename:
     names: tuple[str, ...]
     """Other name with \\1 … from `layer`; several when the other program holds the rows of our
     weight in separate layers, from the top: (q, k, v) or (q, k, v, mlp)."""
+    parts: int = 1
+    """How many such parts our weight has where the other program holds them in one layer, too."""
 
     def of(self, name: str) -> tuple[str, ...]:
         """The names of our layer `name` there; () when this rename is not about it."""
         match = re.fullmatch(self.layer, name)
         return tuple(match.expand(other) for other in self.names) if match else ()
+
+    def parts_of(self, name: str) -> int:
+        """How many parts the rows of our layer `name` have; 1 when this is not about it."""
+        return max(self.parts, len(self.names)) if re.fullmatch(self.layer, name) else 1
 
 
 _DOUBLE = r"double_blocks\.(\d+)\."
@@ -63,17 +69,23 @@ FLUX_2 = FLUX_DOUBLE + (
     Rename(layer=_DOUBLE + r"txt_mlp\.0", names=(r"transformer_blocks.\1.ff_context.linear_in",)),
     Rename(layer=_DOUBLE + r"txt_mlp\.2", names=(r"transformer_blocks.\1.ff_context.linear_out",)),
     Rename(
-        layer=_SINGLE + r"linear1", names=(r"single_transformer_blocks.\1.attn.to_qkv_mlp_proj",)
+        layer=_SINGLE + r"linear1",
+        names=(r"single_transformer_blocks.\1.attn.to_qkv_mlp_proj",),
+        parts=4,
     ),
     Rename(layer=_SINGLE + r"linear2", names=(r"single_transformer_blocks.\1.attn.to_out",)),
 )
 # HunyuanVideo as Tencent, musubi and diffusion-pipe name it; diffusers converts these on loading
 HUNYUAN = (
-    Rename(layer=_DOUBLE + r"(img|txt)_attn\.(qkv|proj)", names=(r"double_blocks.\1.\2_attn_\3",)),
+    Rename(
+        layer=_DOUBLE + r"(img|txt)_attn\.qkv", names=(r"double_blocks.\1.\2_attn_qkv",), parts=3
+    ),
+    Rename(layer=_DOUBLE + r"(img|txt)_attn\.proj", names=(r"double_blocks.\1.\2_attn_proj",)),
     Rename(layer=_DOUBLE + r"(img|txt)_mlp\.0", names=(r"double_blocks.\1.\2_mlp.fc1",)),
     Rename(layer=_DOUBLE + r"(img|txt)_mlp\.2", names=(r"double_blocks.\1.\2_mlp.fc2",)),
     Rename(layer=_DOUBLE + r"(img|txt)_mod\.lin", names=(r"double_blocks.\1.\2_mod.linear",)),
     Rename(layer=_SINGLE + r"modulation\.lin", names=(r"single_blocks.\1.modulation.linear",)),
+    Rename(layer=_SINGLE + r"linear1", names=(r"single_blocks.\1.linear1",), parts=4),
 )
 HUNYUAN_15_SPLIT = (
     Rename(
@@ -81,6 +93,13 @@ HUNYUAN_15_SPLIT = (
         names=tuple(rf"double_blocks.\1.\2_attn_{part}" for part in "qkv"),
     ),
 )
+IDEOGRAM_4 = (
+    Rename(
+        layer=r"layers\.(\d+)\.attention\.qkv", names=(r"layers.\1.attention.qkv",), parts=3
+    ),
+)
+# What ComfyUI's other transformers call a layer that holds q, k and v: qkv, qkv_x, img_qkv, Wqkv
+ANY_QKV = (Rename(layer=r"(.+\.\w*qkv\w*)", names=(r"\1",), parts=3),)
 LUMINA_BLOCK = r"(layers|noise_refiner|context_refiner)\.(\d+)\."
 Z_IMAGE = (
     Rename(

@@ -47,7 +47,8 @@ def _grouped(candidates: Iterable[Candidate]) -> list[str]:
         found = re.search(r"(?<=\.)\d+(?=\.)", candidate.name)
         number = found.group() if found else ""
         name = candidate.name.replace(f".{number}.", ".{}.", 1) if found else candidate.name
-        groups.setdefault((name, str(candidate.shape)), []).append(number)
+        parts = f", {len(candidate.rows)} adapters" if candidate.rows else ""
+        groups.setdefault((name, f"{candidate.shape}{parts}"), []).append(number)
     width = max((len(_ranged(name, numbers)) for (name, _), numbers in groups.items()), default=0)
     return [
         f"  {_ranged(name, numbers):<{width}}  {len(numbers):>3} × {shape}"

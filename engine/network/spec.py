@@ -77,6 +77,8 @@ class NetworkSpec:
     """LoKr: size of the small Kronecker factor; -1 = as square as possible (musubi: factor)."""
     verbose: bool = False
     """Log every layer, adapted or skipped, with the reason."""
+    split_qkv: bool = False
+    """A layer that holds q, k and v in one weight gets an adapter for each of them (sd-scripts)."""
 
     def __post_init__(self) -> None:
         _refuse_other("network_type", self.kind, KINDS)
@@ -95,6 +97,11 @@ class NetworkSpec:
         ):
             _check(name, p, 0 <= p < 1, "from 0 to below 1")
         _check("module_dropout", self.module_dropout, 0 <= self.module_dropout <= 1, "from 0 to 1")
+        if self.split_qkv and self.kind != "lora":
+            raise ValueError(
+                f"split_qkv=True: works on lora only, not on {self.kind}; switch split_qkv off or "
+                "choose network_type lora"
+            )
         ratio, factor = self.loraplus_lr_ratio, self.lokr_factor
         if ratio is not None:
             allowed = f"above 0 and up to {MAX_LR_RATIO} (4 to start with, 16 in the LoRA+ paper)"
@@ -148,6 +155,7 @@ KNOWN_ARGS = (
     "target_mode",
     "factor",
     "verbose",
+    "split_qkv",
 )
 
 
@@ -164,6 +172,7 @@ def parse_network_args(
     network_dropout: float = 0.0,
     rank_dropout: float = 0.0,
     module_dropout: float = 0.0,
+    split_qkv: bool = False,
 ) -> NetworkSpec:
     """The spec that widget values (musubi's names) and `network_args` text ask for; the text wins.
 
@@ -173,13 +182,13 @@ def parse_network_args(
     refuse_unknown("network_args", given, KNOWN_ARGS)
     return NetworkSpec(
         kind=given.get("network_type", network_type),  # type: ignore[arg-type]  # checked by the spec
-        rank=_number(given, "network_dim", network_dim, parse_int),
-        alpha=_number(given, "network_alpha", network_alpha, parse_float),
-        conv_rank=_number(given, "conv_dim", None, parse_int),
-        conv_alpha=_number(given, "conv_alpha", 1.0, parse_float),
-        neuron_dropout=_number(given, "network_dropout", network_dropout, parse_float),
-        rank_dropout=_number(given, "rank_dropout", rank_dropout, parse_float),
-        module_dropout=_number(given, "module_dropout", module_dropout, parse_float),
+        rank=_parsed(given, "network_dim", network_dim, parse_int),
+        alpha=_parsed(given, "network_alpha", network_alpha, parse_float),
+        conv_rank=_parsed(given, "conv_dim", None, parse_int),
+        conv_alpha=_parsed(given, "conv_alpha", 1.0, parse_float),
+        neuron_dropout=_parsed(given, "network_dropout", network_dropout, parse_float),
+        rank_dropout=_parsed(given, "rank_dropout", rank_dropout, parse_float),
+        module_dropout=_parsed(given, "module_dropout", module_dropout, parse_float),
         targets=TargetPatterns(
             exclude=parse_patterns(
                 "exclude_patterns", given.get("exclude_patterns", exclude_patterns)
@@ -189,11 +198,12 @@ def parse_network_args(
             ),
             mode=given.get("target_mode", target_mode),  # type: ignore[arg-type]  # likewise
         ),
-        loraplus_lr_ratio=_number(
+        loraplus_lr_ratio=_parsed(
             given, "loraplus_lr_ratio", loraplus_lr_ratio or None, parse_float
         ),
-        lokr_factor=_number(given, "factor", -1, parse_int),
-        verbose=parse_bool("verbose", given["verbose"]) if "verbose" in given else False,
+        lokr_factor=_parsed(given, "factor", -1, parse_int),
+        verbose=_parsed(given, "verbose", False, parse_bool),
+        split_qkv=_parsed(given, "split_qkv", split_qkv, parse_bool),
     )
 
 
@@ -222,10 +232,12 @@ def network_args_of(spec: NetworkSpec) -> dict[str, str]:
         arguments["factor"] = spec.lokr_factor
     if spec.verbose:
         arguments["verbose"] = True
+    if spec.split_qkv:
+        arguments["split_qkv"] = True
     return {key: str(value) for key, value in arguments.items()}
 
 
-def _number(
+def _parsed(
     given: Mapping[str, str], key: str, widget: Widget, parse: Callable[[str, str], Parsed]
 ) -> Widget | Parsed:
     return parse(key, given[key]) if key in given else widget

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..patterns import TimeLimit, UserPattern, compile_patterns
-from .adapters import ADAPTERS, LoKr
+from .adapters import ADAPTERS, LoKr, SplitLoRA
 from .architectures import Architecture
 from .layers import LayerShape, layers_of
 from .spec import NetworkSpec, TargetMode, TargetPatterns
+from .weights import parts_of
 
 logger = logging.getLogger("comfyui_braid.network")
 DEFAULT_EXCLUDE, EXCLUDE, INCLUDE = "default exclude", "exclude_patterns", "include_patterns"
@@ -38,6 +39,8 @@ class Candidate:
     """Whether it is adapted."""
     reason: str
     """Why it is adapted or skipped."""
+    rows: tuple[int, ...] = ()
+    """Outputs of each part that gets an adapter of its own, from the top; () = one for all."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,12 +86,29 @@ class TargetReport:
     @property
     def parameters(self) -> int:
         """Trainable numbers in total."""
-        return sum(parameter_count(candidate.shape, self.spec) for candidate in self.selected)
+        return sum(parameter_count(c.shape, self.spec, c.rows) for c in self.selected)
+
+    @property
+    def filed_parameters(self) -> int:
+        """Numbers of an adapter file: more where the up matrices of q, k and v are one, with zeros
+        beside them."""
+        return sum(
+            parameter_count(c.shape, self.spec) * max(len(c.rows), 1) for c in self.selected
+        )
+
+    @property
+    def _unsplit(self) -> tuple[str, ...]:
+        if not self.spec.split_qkv or any(candidate.rows for candidate in self.selected):
+            return ()
+        return (
+            "split_qkv has no effect: no adapted layer of this model, taken for "
+            f"{self.architecture.title}, holds q, k and v in one weight",
+        )
 
     @property
     def warnings(self) -> tuple[str, ...]:
         """One sentence for each setting, and each pattern of the user's, that does nothing."""
-        return self.spec.without_effect + tuple(
+        return self.spec.without_effect + self._unsplit + tuple(
             f"{count.origin}: '{count.pattern}' matches no layer; {count.advice}"
             for count in self.patterns
             if not count.matches and count.origin != DEFAULT_EXCLUDE
@@ -107,7 +127,14 @@ def select_targets(model: nn.Module, spec: NetworkSpec, architecture: Architectu
     matches = _matches(asked, spec.targets, architecture)
     decided = {name: _decide(name, matches, spec.targets.mode) for name in asked}
     candidates = tuple(
-        Candidate(name=name, module=module, shape=shape, selected=selected, reason=reason)
+        Candidate(
+            name=name,
+            module=module,
+            shape=shape,
+            selected=selected,
+            reason=reason,
+            rows=parts_of(name, shape, architecture) if spec.split_qkv else (),
+        )
         for name, module, shape in layers
         for selected, reason in [decided.get(name, (False, outside[name]))]
     )
@@ -126,17 +153,21 @@ def select_targets(model: nn.Module, spec: NetworkSpec, architecture: Architectu
     return report
 
 
-def parameter_shapes(shape: LayerShape, spec: NetworkSpec) -> dict[str, tuple[int, ...]]:
-    """Name → size of the parameters that the adapter of one layer holds."""
+def parameter_shapes(
+    shape: LayerShape, spec: NetworkSpec, rows: tuple[int, ...] = ()
+) -> dict[str, tuple[int, ...]]:
+    """Name → size of the parameters that the adapter of one layer holds; `rows` as in Candidate."""
     rank, _ = spec.rank_and_alpha(large_kernel=shape.has_large_kernel)
+    if rows:
+        return SplitLoRA.parameter_shapes(shape, rank, len(rows))
     if spec.kind == "lokr":
         return LoKr.parameter_shapes(shape, rank, spec.lokr_factor)
     return ADAPTERS[spec.kind].parameter_shapes(shape, rank)
 
 
-def parameter_count(shape: LayerShape, spec: NetworkSpec) -> int:
+def parameter_count(shape: LayerShape, spec: NetworkSpec, rows: tuple[int, ...] = ()) -> int:
     """Trainable numbers that the adapter of one layer holds."""
-    return sum(math.prod(size) for size in parameter_shapes(shape, spec).values())
+    return sum(math.prod(size) for size in parameter_shapes(shape, spec, rows).values())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

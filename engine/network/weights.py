@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .adapters.split_lora import diagonal_blocks
 from .architectures import Architecture
+from .layers import LayerShape
 from .spec import Kind
 
 _ROW_FACTORS = {"lora": ("up",), "loha": ("w1_a", "w2_a")}
@@ -131,6 +133,18 @@ def row_blocks(parts: int, rows: int, columns: int) -> tuple[int, ...]:
     return (columns, columns, columns, rows - 3 * columns)
 
 
+def parts_of(name: str, shape: LayerShape, architecture: Architecture) -> tuple[int, ...]:
+    """Rows of q, k and v (and mlp) of a layer that holds them in one weight; () for any other."""
+    renames = (*architecture.diffusers, *architecture.musubi)
+    count = max((rename.parts_of(name) for rename in renames), default=1)
+    if count == 1 or shape.kernel:
+        return ()
+    sizes = row_blocks(count, shape.out_features, shape.in_features)
+    # k and v have as many heads as q, or fewer; anything else is no q, k, v
+    fits = sum(sizes) == shape.out_features and 0 < sizes[1] <= sizes[0] and sizes[-1] > 0
+    return sizes if fits else ()
+
+
 def stacked(blocks: Mapping[int, AdapterWeights], sizes: tuple[int, ...]) -> AdapterWeights:
     """Row blocks of a weight, each with its own factors, as one pair of factors.
 
@@ -172,9 +186,10 @@ def diffusers_state(
     """Dotted layer name → weights, as a state dict under diffusers' names that ComfyUI reads too.
 
     Alpha is folded into the matrices, √(alpha / rank) into each, because not every reader honours
-    an alpha key there; where our layer is several in diffusers its rows are split among them. The
-    names are the table's; models that no row detects keep ComfyUI's, some of which diffusers
-    converts. A test loads what is written here with diffusers itself.
+    an alpha key there; where our layer is several in diffusers its rows are split among them, and
+    so are the ranks of a LoRA that has its own for each (split_qkv). The names are the table's;
+    models that no row detects keep ComfyUI's, some of which diffusers converts. A test loads what
+    is written here with diffusers itself.
     ValueError, before any tensor is made, when diffusers and ComfyUI do not both read such a file.
     """
     if architecture.diffusers_cannot:
@@ -224,9 +239,19 @@ def _tensors(
             f"key_format diffusers: the {up.shape[0]} rows of {name} are not those of its "
             f"{len(others)} parts there; choose comfyui or kohya"
         )
-    for other, rows in zip(others, up.split(sizes), strict=True):
-        for suffix, factor in zip(architecture.diffusers_suffixes, (down, rows), strict=True):
+    for other, factors in zip(others, _separated(down, up, sizes), strict=True):
+        for suffix, factor in zip(architecture.diffusers_suffixes, factors, strict=True):
             # An attention layer of a U-Net by the name of its processor, to_q_lora
             joined = suffix.replace(".lora", "_lora", 1) if ".processor." in other else suffix
             # Copies: safetensors writes no two tensors that share memory.
             yield f"{architecture.diffusers_prefix}{other}{joined}", factor.clone()
+
+
+def _separated(
+    down: Tensor, up: Tensor, sizes: tuple[int, ...]
+) -> tuple[tuple[Tensor, Tensor], ...]:
+    """(down, up) of each row block: its own ranks where the blocks share none, else all of them."""
+    blocks = diagonal_blocks(up, sizes) if len(sizes) > 1 and up.any() else None
+    if blocks is None:
+        return tuple((down, rows) for rows in up.split(sizes))
+    return tuple(zip(down.split(blocks[0].shape[1]), blocks, strict=True))

@@ -5,16 +5,14 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ...checkpoints import SHADOWS_SUFFIX, AdapterStateDict, Checkpoints
 from ...disk.writing import NotWrittenError, replaced_when_whole
 from ...ema.shadows import SIGMA_RELS, Shadows
-from ...network.adapter_file import state_dict_of, weights_of, write_adapter
-from ...network.architectures import Architecture
-from ...network.attach import Network
-from ...network.keys import encoded
+from ...network.adapter_file import as_filed, live_tensors, state_dict_of, write_adapter
 from ...network.metadata import adapter_metadata
 from ...training.loop import TrainingRun, TrainingStep
 from ...training.states.resume import resumed
@@ -48,7 +46,7 @@ class RunFiles:
         """The finished adapter, once there is one."""
         self._started = datetime.now()
         self._shadows = (
-            _build_shadows(run.network, resolved.architecture)
+            Shadows(live_tensors(run.network))
             if self._job.checkpointing.ema_shadows
             else None
         )
@@ -74,8 +72,13 @@ class RunFiles:
     def warn_if_tight(self) -> None:
         """Say so where the files still to come will not all fit."""
         remaining = self._run.plan.steps - self._run.step
-        shadows = len(SIGMA_RELS)
-        needed = room_needed(self._resolved.parameters, self._job.checkpointing, remaining, shadows)
+        needed = room_needed(
+            self._resolved.parameters,
+            self._job.checkpointing,
+            remaining,
+            shadows=len(SIGMA_RELS),
+            filed_parameters=self._resolved.filed_parameters,
+        )
         if text := tight(needed, self.saver.folder):
             self._warn(text)
 
@@ -157,7 +160,8 @@ class RunFiles:
         constants = {key: tensor for key, tensor in built.items() if key.endswith(".alpha")}
         path = self.saver.folder / f"{self._job.name}{SHADOWS_SUFFIX}"
         try:
-            self._shadows.write(path, constants, built.metadata)
+            filed = partial(as_filed, self._run.network)
+            self._shadows.write(path, constants, built.metadata, filed)
         except NotWrittenError as error:
             self._warn(f"the EMA shadows could not be saved ({error})")
             return None
@@ -189,12 +193,6 @@ class RunFiles:
         state = state_dict_of(self._run.network, architecture)
         copied = {key: tensor.detach().to("cpu", copy=True) for key, tensor in state.items()}
         return AdapterStateDict(copied, {**metadata, **extra})
-
-
-def _build_shadows(network: Network, architecture: Architecture) -> Shadows:
-    """EMA shadows of the trained tensors, which they watch, under the keys of the adapter file."""
-    live = encoded(weights_of(network), "comfyui", architecture)
-    return Shadows({key: tensor for key, tensor in live.items() if not key.endswith(".alpha")})
 
 
 def check_writable(folder: Path, parameters: int) -> None:

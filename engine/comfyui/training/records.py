@@ -25,6 +25,8 @@ class Resolved:
     """The adapted layers."""
     parameters: int
     """Trainable numbers."""
+    filed_parameters: int
+    """Numbers of an adapter file."""
     warnings: tuple[str, ...]
     """One sentence for each setting that does nothing."""
     optimizer: str

@@ -69,7 +69,7 @@ def train_lora(job: TrainingJob, inputs: TrainingInputs, say: Callable[[str], No
     _rehearse(job, patcher, targets)
     state_file = find_state(inputs.loras, job.plan.output_name, job.checkpointing.resume)
     folder = run_folder(inputs.loras, job.plan.output_name, state_file)
-    check_writable(folder, targets.parameters)
+    check_writable(folder, targets.filed_parameters)
     with ExitStack() as stack:
         denoiser, compilation = _open_session(stack, job, inputs)
         items = prepared(denoiser, inputs.pairs, job.timesteps)
@@ -256,6 +256,7 @@ def _resolved(
         architecture=targets.architecture,
         layers=[(target.name, target.shape) for target in targets.selected],
         parameters=targets.parameters,
+        filed_parameters=targets.filed_parameters,
         warnings=targets.warnings,
         optimizer=run.optimization.description,
         batches_per_epoch=run.batches_per_epoch,

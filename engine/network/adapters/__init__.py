@@ -5,7 +5,8 @@ from .adapter import Adapter
 from .loha import LoHa
 from .lokr import LoKr, factorization
 from .lora import LoRA
+from .split_lora import SplitLoRA
 
-__all__ = ["ADAPTERS", "Adapter", "LoHa", "LoKr", "LoRA", "factorization"]
+__all__ = ["ADAPTERS", "Adapter", "LoHa", "LoKr", "LoRA", "SplitLoRA", "factorization"]
 
 ADAPTERS: dict[Kind, type[Adapter]] = {"lora": LoRA, "loha": LoHa, "lokr": LoKr}

@@ -13,6 +13,7 @@ is rounded once, to the base's dtype.
 """
 
 import math
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -64,6 +65,23 @@ class Adapter(nn.Module):
     @property
     def scale(self) -> float:
         return self.alpha / self.rank
+
+    @property
+    def filed_alpha(self) -> float:
+        """Alpha in an adapter file."""
+        return self.alpha
+
+    def filed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What an adapter file holds where the parameters are `tensors`; linear in them, so that
+        averages of parameters become averages of files."""
+        return dict(tensors)
+
+    def take(self, tensors: Mapping[str, Tensor], alpha: float) -> None:
+        """Copy what a file holds into the parameters; ValueError when they cannot hold it."""
+        self.alpha = alpha
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                parameter.copy_(tensors[name])
 
     def delta(self, x: Tensor) -> Tensor:
         """The change of the layer's output for input `x`, scaled, in the compute dtype."""

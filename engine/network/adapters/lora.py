@@ -28,22 +28,35 @@ class LoRA(Adapter):
         nn.init.zeros_(self.up)
 
     def delta(self, x: Tensor) -> Tensor:
-        return self._pointwise(self._hidden(x), self._cast("up")) * self._scale_in_use
+        return self._raised(self._hidden(x)) * self._scale_in_use
 
     def add_to(self, output: Tensor, x: Tensor) -> Tensor:
         if self.shape.kernel or output.dtype != self._arithmetic_dtype or not output.numel():
             return super().add_to(output, x)
         if self._skips_this_call():
             return output
-        # One kernel for scale, matmul and sum: no temporary of the output's size.
-        hidden = self._hidden(x).reshape(-1, self.rank)
+        hidden = self._hidden(x)
         base = output.reshape(-1, self.shape.out_features)
-        up = self._cast("up")
-        return torch.addmm(base, hidden, up.t(), alpha=self._scale_in_use).view_as(output)
+        return self._summed(base, hidden.reshape(-1, hidden.shape[-1])).view_as(output)
 
     def delta_weight(self) -> Tensor:
-        flat = self.up.flatten(1) @ self.down.flatten(1)
+        flat = torch.cat([up.flatten(1) @ down.flatten(1) for up, down in self.pairs()])
         return flat.reshape(self._weight_shape) * self.scale
+
+    def pairs(self) -> tuple[tuple[Tensor, Tensor], ...]:
+        """(up, down) of each row block of the weight, from the top: views of the parameters."""
+        return ((self.up, self.down),)
+
+    def _raised(self, hidden: Tensor) -> Tensor:
+        """The ranks' activations through the up matrix, not scaled."""
+        return self._pointwise(hidden, self._cast("up"))
+
+    def _summed(self, base: Tensor, hidden: Tensor) -> Tensor:
+        """base (positions, out) + the scaled delta of hidden (positions, ranks).
+
+        One kernel for scale, matmul and sum: no temporary of the output's size.
+        """
+        return torch.addmm(base, hidden, self._cast("up").t(), alpha=self._scale_in_use)
 
     def _hidden(self, x: Tensor) -> Tensor:
         hidden = self._apply_weight(self._input(x), self._cast("down"))
@@ -54,11 +67,12 @@ class LoRA(Adapter):
         if not self.training or not self.rank_dropout:
             return hidden
         batch, positions = hidden.shape[0], (1,) * (hidden.ndim - 2)
-        mask = torch.rand((batch, self.rank), device=hidden.device) > self.rank_dropout
+        ranks = self.down.shape[0]
+        mask = torch.rand((batch, ranks), device=hidden.device) > self.rank_dropout
         return hidden * (
-            mask.view(batch, self.rank, *positions)
+            mask.view(batch, ranks, *positions)
             if self.shape.kernel
-            else mask.view(batch, *positions, self.rank)
+            else mask.view(batch, *positions, ranks)
         )
 
     @property

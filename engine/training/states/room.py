@@ -37,17 +37,23 @@ class RoomNeeded:
 
 
 def room_needed(
-    parameters: int, checkpointing: Checkpointing, steps: int, shadows: int
+    parameters: int,
+    checkpointing: Checkpointing,
+    steps: int,
+    shadows: int,
+    filed_parameters: int | None = None,
 ) -> RoomNeeded:
-    """`parameters`: trained numbers; `steps`: those still to do; `shadows`: averages kept."""
-    adapter = BYTES_PER_PARAMETER * parameters
+    """`parameters`: trained numbers; `steps`: those still to do; `shadows`: averages kept;
+    `filed_parameters`: numbers of an adapter file, where they are not the trained ones."""
+    trained = BYTES_PER_PARAMETER * parameters
+    adapter = trained if filed_parameters is None else BYTES_PER_PARAMETER * filed_parameters
     checkpoints = len(checkpointing.saving_steps(steps))
     if checkpointing.save_last_n:
         checkpoints = min(checkpoints, checkpointing.save_last_n + BEING_WRITTEN)
     kept = shadows if checkpointing.ema_shadows else 0
     return RoomNeeded(
         adapter=adapter,
-        state=adapter * (1 + MOMENTS + kept) if checkpointing.save_state else 0,
+        state=trained * (1 + MOMENTS + kept) if checkpointing.save_state else 0,
         shadows=adapter * kept,
         checkpoints=checkpoints,
     )
