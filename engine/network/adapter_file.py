@@ -41,7 +41,7 @@ def weights_of(network: Network) -> dict[str, AdapterWeights]:
 
 
 def live_tensors(network: Network) -> dict[str, Tensor]:
-    """The trained tensors themselves, under ComfyUI's keys, for what follows them while they change.
+    """The trained tensors themselves, under ComfyUI's keys, for what follows them as they change.
 
     What is gathered from them, in place of the tensors, `as_filed` puts into the form of a file.
     """
@@ -54,7 +54,7 @@ def live_tensors(network: Network) -> dict[str, Tensor]:
 
 def as_filed(network: Network, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`live_tensors`, or averages under their keys, as an adapter file holds them."""
-    filed = {}
+    filed: dict[str, Tensor] = {}
     for name, adapter in network.items():
         keys = {p: comfyui_key(name, adapter, p) for p, _ in adapter.named_parameters()}
         held = adapter.filed({parameter: tensors[key] for parameter, key in keys.items()})

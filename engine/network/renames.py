@@ -94,9 +94,7 @@ HUNYUAN_15_SPLIT = (
     ),
 )
 IDEOGRAM_4 = (
-    Rename(
-        layer=r"layers\.(\d+)\.attention\.qkv", names=(r"layers.\1.attention.qkv",), parts=3
-    ),
+    Rename(layer=r"layers\.(\d+)\.attention\.qkv", names=(r"layers.\1.attention.qkv",), parts=3),
 )
 # What ComfyUI's other transformers call a layer that holds q, k and v: qkv, qkv_x, img_qkv, Wqkv
 ANY_QKV = (Rename(layer=r"(.+\.\w*qkv\w*)", names=(r"\1",), parts=3),)

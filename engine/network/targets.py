@@ -92,9 +92,7 @@ class TargetReport:
     def filed_parameters(self) -> int:
         """Numbers of an adapter file: more where the up matrices of q, k and v are one, with zeros
         beside them."""
-        return sum(
-            parameter_count(c.shape, self.spec) * max(len(c.rows), 1) for c in self.selected
-        )
+        return sum(parameter_count(c.shape, self.spec) * max(len(c.rows), 1) for c in self.selected)
 
     @property
     def _unsplit(self) -> tuple[str, ...]:
@@ -108,10 +106,14 @@ class TargetReport:
     @property
     def warnings(self) -> tuple[str, ...]:
         """One sentence for each setting, and each pattern of the user's, that does nothing."""
-        return self.spec.without_effect + self._unsplit + tuple(
-            f"{count.origin}: '{count.pattern}' matches no layer; {count.advice}"
-            for count in self.patterns
-            if not count.matches and count.origin != DEFAULT_EXCLUDE
+        return (
+            self.spec.without_effect
+            + self._unsplit
+            + tuple(
+                f"{count.origin}: '{count.pattern}' matches no layer; {count.advice}"
+                for count in self.patterns
+                if not count.matches and count.origin != DEFAULT_EXCLUDE
+            )
         )
 
 

@@ -20,7 +20,12 @@ UNET = "U-Net (Stable Diffusion)"
 OF_THE_BLOCKS = TargetPatterns(include=(".*",))  # modulation too, where it lies in the blocks
 FULL_WIDTH = {"HunyuanVideo": dict(hidden_size=3072, num_heads=24)}  # diffusers' converter has it
 TITLES = [title for title in THEIRS if title not in FULL_WIDTH]
-PIPELINES = [*((THEIRS[t][0], t) for t in TITLES), ("StableDiffusionXLPipeline", UNET)]
+FUSED = ("FLUX.1", "FLUX.2", "Chroma", "Z-Image", "Ideogram 4")  # and HunyuanVideo
+PIPELINES = [
+    *((THEIRS[title][0], title, False) for title in TITLES),
+    ("StableDiffusionXLPipeline", UNET, False),
+    *((THEIRS[title][0], title, True) for title in FUSED),
+]
 # title → ComfyUI's own map of diffusers' names
 CORE_S_MAP = {
     "FLUX.1": comfy.utils.flux_to_diffusers,
@@ -31,12 +36,14 @@ CORE_S_MAP = {
 }
 
 
-def written(folder, title, targets=OF_THE_BLOCKS, key_format="diffusers", **others):
+def written(
+    folder, title, targets=OF_THE_BLOCKS, key_format="diffusers", *, split_qkv=False, **others
+):
     """A network on the small model of `title`, whose file is in `folder`."""
     architecture = architecture_of(REAL[title][2])
-    convolutions = dict(conv_rank=2, conv_alpha=2.0) if title == UNET else {}
+    spec = dict(conv_rank=2, conv_alpha=2.0) if title == UNET else dict(split_qkv=split_qkv)
     model = real_model(title, **FULL_WIDTH.get(title, {}) | others)
-    network = network_of(model, architecture, targets, **convolutions)
+    network = network_of(model, architecture, targets, **spec)
     state = state_dict_of(network, architecture, key_format)
     write_adapter(folder / "lora.safetensors", state, {})
     return network
@@ -76,9 +83,11 @@ def dense(deltas):
     return [(torch.eye(delta.shape[0]), delta.flatten(1)) for delta in deltas.values()]
 
 
-@pytest.mark.parametrize("pipeline, title", PIPELINES)
-def test_diffusers_loads_every_tensor_and_every_row_of_every_delta(pipeline, title, tmp_path):
-    ours = deltas_of(written(tmp_path, title))
+@pytest.mark.parametrize("pipeline, title, split_qkv", PIPELINES)
+def test_diffusers_loads_every_tensor_and_every_row_of_every_delta(
+    pipeline, title, split_qkv, tmp_path
+):
+    ours = deltas_of(written(tmp_path, title, split_qkv=split_qkv))
     theirs = loaded(pipeline, title, tmp_path)
     read = getattr(diffusers, pipeline).lora_state_dict(
         str(tmp_path), weight_name="lora.safetensors"
@@ -120,9 +129,12 @@ def test_a_kohya_file_of_a_unet_is_read_by_the_pipeline_of_xl_and_not_by_that_of
     assert len(loaded("StableDiffusionPipeline", UNET, tmp_path, **same)) < len(theirs)
 
 
+@pytest.mark.parametrize("split_qkv", [False, True])
 @pytest.mark.parametrize("title", FULL_WIDTH)
-def test_what_diffusers_converts_at_full_width_names_and_fits_its_own_layers(title, tmp_path):
-    ours = deltas_of(written(tmp_path, title))
+def test_what_diffusers_converts_at_full_width_names_and_fits_its_own_layers(
+    title, split_qkv, tmp_path
+):
+    ours = deltas_of(written(tmp_path, title, split_qkv=split_qkv))
     pipe, model = pipeline_of(THEIRS[title][0], title, device="meta")
     read = pipe.lora_state_dict(str(tmp_path), weight_name="lora.safetensors")
     stems = {key.removesuffix(".lora_A.weight") for key in read if ".lora_A." in key}

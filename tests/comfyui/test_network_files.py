@@ -22,6 +22,7 @@ from comfyui_braid.engine.network.adapter_file import (
     weights_of,
     write_adapter,
 )
+from comfyui_braid.engine.network.adapters import SplitLoRA
 from comfyui_braid.engine.network.architectures import DEFAULT
 from comfyui_braid.engine.network.attach import attached, build_network
 from comfyui_braid.engine.network.keys import KEY_FORMATS
@@ -31,9 +32,11 @@ from comfyui_braid.engine.network.targets import select_targets
 
 EVERY_LAYER = TargetPatterns(include=(".*",), mode="whitelist")
 OF_THE_BLOCKS = TargetPatterns(include=(".*",))  # takes the modulation layers back in, too
+FUSED = ("flux", "hunyuan_video", "lumina2")
 FORMATS = [
-    (name, key_format)
-    for name in ARCHITECTURES
+    (name, key_format, split_qkv)
+    for split_qkv in (False, True)
+    for name in (FUSED if split_qkv else ARCHITECTURES)
     for key_format in KEY_FORMATS
     if (name, key_format) != ("lumina2", "diffusers")  # refused
 ]
@@ -65,12 +68,13 @@ def loaded_by_core(patcher, path, caplog):
     return patched
 
 
-@pytest.mark.parametrize("name, key_format", FORMATS)
+@pytest.mark.parametrize("name, key_format, split_qkv", FORMATS)
 def test_core_loads_every_key_with_the_effect_of_the_attached_network(
-    name, key_format, tmp_path, caplog
+    name, key_format, split_qkv, tmp_path, caplog
 ):
     patcher = build(name)
-    network = trained(patcher)
+    network = trained(patcher, split_qkv=split_qkv)
+    assert any(isinstance(a, SplitLoRA) for a in network.in_order()) == split_qkv
     path = tmp_path / "lora.safetensors"
     write_adapter(path, state_dict_of(network, architecture_of(patcher), key_format), {})
     before = sampled(patcher, name)
@@ -124,20 +128,20 @@ def test_core_loads_layers_outside_the_blocks_in_comfyui_format(name, tmp_path, 
     assert distance(sampled(loaded_by_core(patcher, path, caplog), name), expected) < 1e-3
 
 
-@pytest.mark.parametrize("name, key_format", FORMATS)
-def test_braid_reads_its_own_files_back(name, key_format):
+@pytest.mark.parametrize("name, key_format, split_qkv", FORMATS)
+def test_braid_reads_its_own_files_back(name, key_format, split_qkv):
     patcher = build(name)
-    network, architecture = trained(patcher), architecture_of(patcher)
+    network, architecture = trained(patcher, split_qkv=split_qkv), architecture_of(patcher)
     layers = layer_shapes(diffusion_model_of(patcher))
     state = state_dict_of(network, architecture, key_format)
     weights = read_adapter(state, layers, architecture)
     assert list(weights) == list(network.layer_names)
+    before = weights_of(network)
     for name, ours in network.items():
         read = adapter_of(weights[name], ours.shape)
         torch.testing.assert_close(read.delta_weight(), ours.delta_weight(), rtol=1e-5, atol=1e-7)
-        assert read.rank == ours.rank
+        assert read.rank == before[name].rank
     if key_format != "diffusers":
-        before = weights_of(network)
         assert all(
             torch.equal(before[name].tensors[key], tensor)
             for name, layer in weights.items()

@@ -81,19 +81,44 @@ def test_every_layer_of_a_unet_has_the_name_that_core_says_diffusers_gives_it(sh
         assert f"{found}.weight" == theirs[f"{name}.weight"]
 
 
+# title → layers that hold q, k and v (and mlp) in one weight, among those of the blocks
+FUSED = {
+    "FLUX.1": 2 * 2 + 4,
+    "FLUX.2": 2 * 2 + 4,
+    "Chroma": 2 * 2 + 4,
+    "HunyuanVideo": 2 * 2 + 2,
+    "HunyuanVideo 1.5": 2 * 2,
+    "HunyuanImage 2.1": 2 * 2 + 2,
+    "Lumina 2": 2,
+    "Z-Image": 2,
+    "Ideogram 4": 2,
+}
 FORMATS = [
-    (title, key_format)
-    for title in REAL
+    (title, key_format, split_qkv)
+    for split_qkv in (False, True)
+    for title in (FUSED if split_qkv else REAL)
     for key_format in KEY_FORMATS
     if not (title in CANNOT and key_format == "diffusers")
 ]
 
 
-@pytest.mark.parametrize("title, key_format", FORMATS)
-def test_core_s_key_map_gives_every_layer_its_own_delta(title, key_format):
+@pytest.mark.parametrize("title", REAL)
+def test_split_qkv_parts_every_layer_that_holds_q_k_and_v_and_no_other(title):
+    architecture = architectures.architecture_of(REAL[title][2])
+    report = select_targets(real_model(title), NetworkSpec(split_qkv=True), architecture)
+    parted = [c for c in report.selected if c.rows]
+    assert len(parted) == FUSED.get(title, 0)
+    assert not [c for c in report.selected if re.search(r"qkv|linear1", c.name) and not c.rows]
+    assert all(sum(c.rows) == c.shape.out_features for c in parted)
+    assert bool(report.warnings) == (title not in FUSED)
+
+
+@pytest.mark.parametrize("title, key_format, split_qkv", FORMATS)
+def test_core_s_key_map_gives_every_layer_its_own_delta(title, key_format, split_qkv):
     model = with_base_model(title)
     architecture = architectures.architecture_of(REAL[title][2])
-    network = network_of(model.diffusion_model, architecture, TargetPatterns(include=(".*",)))
+    every = TargetPatterns(include=(".*",))
+    network = network_of(model.diffusion_model, architecture, every, split_qkv=split_qkv)
     state = state_dict_of(network, architecture, key_format)
     loaded = comfy.lora.load_lora(state, comfy.lora.model_lora_keys_unet(model, {}))
     used = {key for patch in loaded.values() for key in patch.loaded_keys}

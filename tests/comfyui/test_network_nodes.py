@@ -13,7 +13,7 @@ CONTRACT = {
     "BraidNetwork": (
         ["network_type", "network_dim", "network_alpha", "loraplus_lr_ratio", "exclude_patterns"]
         + ["include_patterns", "target_mode", "network_dropout", "rank_dropout", "module_dropout"]
-        + ["network_args"],
+        + ["network_args", "split_qkv"],
         ["BRAID_NETWORK"],
     ),
     "BraidPreviewTargets": (["model", "network"], ["STRING", "INT", "INT"]),
@@ -55,6 +55,17 @@ def test_widgets_and_network_args_reach_the_spec():
     (spec,) = BraidNetwork.execute(**inputs).args
     assert (spec.kind, spec.conv_rank, spec.rank_dropout) == ("loha", 4, 0.1)
     assert spec.targets == TargetPatterns(exclude=(".*txt_.*",), include=(".*mod.*",))
+
+
+def test_split_qkv_reaches_the_spec_and_is_refused_for_what_cannot_be_split():
+    inputs = default_inputs(BraidNetwork) | {"split_qkv": True}
+    (spec,) = BraidNetwork.execute(**inputs).args
+    assert spec == NetworkSpec(rank=16, alpha=16.0, split_qkv=True)
+    with pytest.raises(ValueError, match="split_qkv=True: works on lora only, not on lokr; switch"):
+        BraidNetwork.execute(**inputs | {"network_type": "lokr"})
+    before = {key: value for key, value in inputs.items() if key != "split_qkv"}
+    (spec,) = BraidNetwork.execute(**before).args  # a workflow from before it was there
+    assert not spec.split_qkv
 
 
 def test_a_typing_mistake_is_one_sentence_at_the_node():

@@ -60,12 +60,15 @@ def test_two_runs_with_one_seed_give_the_same_bytes(name, tmp_path):
     assert (tmp_path / "tiny_2" / "tiny.safetensors").exists()
 
 
+@pytest.mark.parametrize("split_qkv", [False, True])
 def test_cancel_saves_adapter_and_state_and_the_resumed_run_equals_the_whole_one(
-    tmp_path, monkeypatch
+    split_qkv, tmp_path, monkeypatch
 ):
+    network = NetworkSpec(rank=4, alpha=4, split_qkv=split_qkv)
     options = TrainingOptions(checkpointing=Checkpointing(save_every_n_steps=2, save_state=True))
     plan = dataclasses.replace(PLAN, steps=7)
-    whole = run("flux", tmp_path / "whole", plan=plan, options=options)
+    given = {"plan": plan, "network": network}
+    whole = run("flux", tmp_path / "whole", options=options, **given)
     said = []
     patcher = build("flux")
     original = training_run.saved
@@ -81,13 +84,13 @@ def test_cancel_saves_adapter_and_state_and_the_resumed_run_equals_the_whole_one
         torch.inference_mode(),
         pytest.raises(comfy.model_management.InterruptProcessingException),
     ):
-        trained_on(patcher, "flux", tmp_path / "part", plan=plan, options=options, say=said.append)
+        trained_on(patcher, "flux", tmp_path / "part", options=options, say=said.append, **given)
     monkeypatch.undo()
     assert "saved" in said[-1]
     resume = TrainingOptions(
         checkpointing=Checkpointing(save_every_n_steps=2, save_state=True, resume="latest")
     )
-    resumed = run("flux", tmp_path / "part", plan=plan, options=resume)
+    resumed = run("flux", tmp_path / "part", options=resume, **given)
     assert same(resumed.lora, whole.lora)
     assert resumed.loss_map["loss"] == whole.loss_map["loss"]
     assert resumed.loss_map["timesteps"] == whole.loss_map["timesteps"]
@@ -140,6 +143,10 @@ def test_held_out_loss_is_measured_and_marks_the_best_checkpoint(tmp_path):
     "change, sentence",
     [
         ({"network": NetworkSpec(rank=8, alpha=8)}, "network"),
+        (
+            {"network": NetworkSpec(rank=4, alpha=4, split_qkv=True)},
+            "saved with network.split_qkv False, this run has True",
+        ),
         ({"plan": dataclasses.replace(PLAN, steps=9, seed=4)}, "seed"),
         ({"optimizer": OptimizerSpec(optimizer_type="SGD")}, "optimizer"),
         (

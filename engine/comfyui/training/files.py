@@ -46,9 +46,7 @@ class RunFiles:
         """The finished adapter, once there is one."""
         self._started = datetime.now()
         self._shadows = (
-            Shadows(live_tensors(run.network))
-            if self._job.checkpointing.ema_shadows
-            else None
+            Shadows(live_tensors(run.network)) if self._job.checkpointing.ema_shadows else None
         )
         self.saver = Saver(
             resolved.folder,

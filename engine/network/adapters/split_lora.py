@@ -21,7 +21,12 @@ class SplitLoRA(LoRA):
     """
 
     def __init__(
-        self, shape: LayerShape, parameters: dict[str, Tensor], *, rows: tuple[int, ...], **rest: Any
+        self,
+        shape: LayerShape,
+        parameters: dict[str, Tensor],
+        *,
+        rows: tuple[int, ...],
+        **rest: Any,
     ) -> None:
         """rows: outputs of each block, from the top."""
         super().__init__(shape, parameters, **rest)
