@@ -2,7 +2,8 @@
 
 import math
 import statistics
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 WORTH_EXEMPTING = 1.15
@@ -20,7 +21,9 @@ class LayerReport:
     reason: str
     """Why it was quantised or kept."""
     bytes_before: int
+    """In the file."""
     bytes_after: int
+    """Codes and scales, or the kept weight as the model holds it."""
     granularity: str | None = None
     """tensor, channel or block; block falls back to channel where the width does not divide."""
     relative_rms: float | None = None
@@ -62,7 +65,23 @@ class Fp8Report:
     notes: tuple[str, ...] = ()
     """Sentences: where the weights come from, what was merged, what was not done and why."""
     other_bytes: int = 0
-    """Biases, norms, embeddings and all else that is no Linear weight."""
+    """In the file: biases, norms, embeddings and all else that is no Linear weight."""
+    other_bytes_after: int | None = None
+    """The same in the loaded model; None: as in the file."""
+
+    def as_held(self, layers: Mapping[str, int], total: int) -> "Fp8Report":
+        """The report with the bytes that the loaded model holds: `layers` by name of the layer,
+        those that are not named as they are; `total` with all else."""
+        updated = tuple(
+            replace(layer, bytes_after=layers.get(layer.name, layer.bytes_after))
+            for layer in self.layers
+        )
+        others = total - sum(layer.bytes_after for layer in updated)
+        return replace(self, layers=updated, other_bytes_after=others)
+
+    @property
+    def _others_after(self) -> int:
+        return self.other_bytes if self.other_bytes_after is None else self.other_bytes_after
 
     @property
     def measured(self) -> tuple[LayerReport, ...]:
@@ -86,7 +105,7 @@ class Fp8Report:
             "quantized_layers": len(quantized),
             "kept_layers": len(self.layers) - len(quantized),
             "bytes_before": sum(la.bytes_before for la in self.layers) + self.other_bytes,
-            "bytes_after": sum(la.bytes_after for la in self.layers) + self.other_bytes,
+            "bytes_after": sum(la.bytes_after for la in self.layers) + self._others_after,
             "median_relative_rms_percent": (
                 round(100 * statistics.median(errors), 4) if errors else None
             ),

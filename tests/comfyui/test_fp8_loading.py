@@ -1,3 +1,4 @@
+import gc
 import json
 
 import comfy.sd
@@ -15,7 +16,9 @@ from fp8_files import (
 )
 from safetensors.torch import save_file
 
+from comfyui_braid.engine.comfyui.fp8.held import held_bytes
 from comfyui_braid.engine.comfyui.fp8.loader import Fp8Request, load_fp8
+from comfyui_braid.engine.comfyui.fp8.save import save_fp8
 from comfyui_braid.engine.fp8.policy import PRESETS, Fp8Policy, LayerPatterns
 from comfyui_braid.engine.fp8.stream import quantize_weight
 
@@ -251,3 +254,40 @@ def test_the_report_is_json_with_every_linear_and_its_reason(flux_file):
     assert 2.0 < entry["relative_rms_percent"] < 3.0 and 30 < entry["decibel"] < 34
     total = sum(tensor.nbytes for tensor in state_dict("flux").values())
     assert report["bytes_before"] == total > report["bytes_after"]
+
+
+def live_storages():
+    """Address → bytes of every storage that a tensor in this process holds."""
+    gc.collect()
+    # the parts of a quantised tensor are plain tensors
+    plain = [t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter)]
+    storages = [t.untyped_storage() for t in plain if t.device.type == "cpu"]
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["quantised", "saved and loaded"])
+@pytest.mark.parametrize("granularity", ["tensor", "block"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["cast", "not cast"])
+def test_bytes_after_is_what_the_loaded_model_holds(
+    dtype, granularity, again, tmp_path, monkeypatch
+):
+    path = write_model(tmp_path, monkeypatch, "flux", dtype)
+    loaded = load(path, POLICIES[granularity])
+    if again:
+        save_fp8(loaded.patcher, tmp_path / "fp8.safetensors")
+        loaded = load(tmp_path / "fp8.safetensors")
+    report = loaded.report.to_json()
+    model = loaded.patcher.model
+    kept = model.diffusion_model.img_in.weight
+    cast = dtype != torch.float32
+    assert kept.dtype == torch.float32  # what a CPU computes in
+    assert report["bytes_after"] == sum(held_bytes(model.diffusion_model).values())
+    if not again:
+        entry = report["layers"]["img_in"]
+        assert entry["bytes_after"] == kept.nbytes == entry["bytes_before"] * (2 if cast else 1)
+    del kept
+    loaded.patcher.cached_patcher_init = None
+    with_it = live_storages()
+    del model.diffusion_model
+    gone = with_it.keys() - live_storages().keys()
+    assert sum(with_it[place] for place in gone) == report["bytes_after"]

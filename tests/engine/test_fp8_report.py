@@ -42,6 +42,14 @@ def test_the_json_counts_bytes_and_gives_percent_and_decibel():
     assert report["quantized_layers"] == 3 and report["kept_layers"] == 1
 
 
+def test_the_bytes_of_the_loaded_model_replace_those_of_the_file_afterwards():
+    report = REPORT.as_held({"a": 4352, "d": 16384}, total=3 * 4352 + 16384 + 250).to_json()
+    assert report["layers"]["d"]["bytes_after"] == 16384
+    assert report["layers"]["c"]["bytes_after"] == 4352
+    assert report["bytes_after"] == 3 * 4352 + 16384 + 250
+    assert report["bytes_before"] == 4 * 8192 + 100
+
+
 def test_the_chart_draws_every_measured_layer_and_an_empty_report():
     drawn = draw_errors(REPORT)
     empty = draw_errors(Fp8Report(layers=()))

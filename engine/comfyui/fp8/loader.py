@@ -27,6 +27,7 @@ from ...fp8.source import map_tensors
 from ...fp8.stream import Merge, granularity_of, quantized_stream
 from ...network.layers import is_linear
 from ..progress import reported
+from .held import report_as_held
 from .skeleton import Skeleton, build_skeleton, decide_layers
 
 logger = logging.getLogger("comfyui_braid.fp8")
@@ -66,9 +67,12 @@ def load_fp8(request: Fp8Request, disable_dynamic: bool = False) -> Fp8Model:
         source = without_prefix(whole, prefix)
         already = recognise(source.tensors, source.metadata)
     if already is not None:
+        names: Mapping[str, str] = {}
         ready, report = _as_it_is(already, request)
     else:
-        ready, report = _quantized(source.tensors, request, source.metadata)
+        skeleton = _skeleton_of(source.tensors, request, source.metadata)
+        names = skeleton.module_names
+        ready, report = _quantized(source.tensors, request, skeleton)
     with damage_named(request.path), _understood_by_comfyui():
         patcher = comfy.sd.load_diffusion_model_state_dict(
             ready,
@@ -79,6 +83,7 @@ def load_fp8(request: Fp8Request, disable_dynamic: bool = False) -> Fp8Model:
         raise ValueError(_unknown(request.path))
     _use_fine_scales(patcher)
     patcher.cached_patcher_init = (load_fp8_patcher, (request,))
+    report = report_as_held(report, patcher.model.diffusion_model, names)
     return Fp8Model(patcher=patcher, report=report)
 
 
@@ -114,13 +119,19 @@ def _as_it_is(already: Fp8File, request: Fp8Request) -> tuple[dict[str, Tensor],
     return dict(already.tensors), report
 
 
-def _quantized(
+def _skeleton_of(
     tensors: Mapping[str, Tensor], request: Fp8Request, metadata: Mapping[str, str]
-) -> tuple[dict[str, Tensor], Fp8Report]:
+) -> Skeleton:
     with damage_named(request.path), _understood_by_comfyui():
         skeleton = build_skeleton(tensors, metadata)
     if skeleton is None:
         raise ValueError(_unknown(request.path))
+    return skeleton
+
+
+def _quantized(
+    tensors: Mapping[str, Tensor], request: Fp8Request, skeleton: Skeleton
+) -> tuple[dict[str, Tensor], Fp8Report]:
     notes = [f"{request.path.name}: {skeleton.architecture}, quantised while reading"]
     merge = None
     if request.lora is not None and request.lora_strength != 0.0:

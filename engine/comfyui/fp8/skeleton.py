@@ -29,6 +29,15 @@ class Skeleton:
     """Key in the file -> key in `model.diffusion_model`; what ComfyUI rewrites is absent."""
 
     @property
+    def module_names(self) -> dict[str, str]:
+        """Name of a layer in the file -> its name in `model.diffusion_model`."""
+        return {
+            raw.removesuffix(".weight"): key.removesuffix(".weight")
+            for raw, key in self.module_keys.items()
+            if raw.endswith(".weight")
+        }
+
+    @property
     def architecture(self) -> str:
         """The name that presets go by."""
         name = self.config.unet_config.get("image_model", "unet")
