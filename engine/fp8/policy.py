@@ -13,6 +13,7 @@ FP8_DTYPES = {"e4m3fn": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 GRANULARITIES = ("tensor", "channel", "block")
 SCALE_SEARCHES = ("amax", "mse")
 SCALE_ROUNDINGS = ("exact", "musubi")
+MODULATIONS = ("keep", "fp8")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,6 +66,8 @@ GENERIC = LayerPatterns(
     exclude=(r"(^|[._])(mod|modulation|adaLN\w*|adaln\w*|norm\w*|emb\w*|time\w*)([._]|$)",),
 )
 """For an architecture without a preset: Linears of repeated blocks, save modulations and such."""
+MODULATION = r"(^|[._])(mod|modulation|adaLN\w*|adaln\w*)([._]|$)"
+"""Layers that make shift, scale and gate of a block from one vector for each picture."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,6 +92,9 @@ class Fp8Policy:
     """amax: the largest value becomes the largest code. mse: least squared error of 21 scales."""
     scale_rounding: str = "exact"
     """exact: float32 scales. musubi: computed, and so rounded, in the weight's own dtype."""
+    modulation: str = "keep"
+    """Of the blocks' modulation layers where the preset keeps them. keep: as they are. fp8: as the
+    other layers of the blocks."""
     patterns: LayerPatterns = field(default_factory=LayerPatterns)
     """The user's own, on top of the preset: include admits more, exclude always wins."""
 
@@ -98,6 +104,7 @@ class Fp8Policy:
             ("granularity", GRANULARITIES),
             ("scale_search", SCALE_SEARCHES),
             ("scale_rounding", SCALE_ROUNDINGS),
+            ("modulation", MODULATIONS),
         ):
             refuse_other(name, getattr(self, name), allowed)
         if self.block_size < 2 or self.block_size % 2:
@@ -135,19 +142,22 @@ class Fp8Policy:
             elif pattern := _first_found(include, name, limit):
                 decision = Decision(quantize=True, reason=f"your include pattern {pattern!r}")
             else:
-                decision = preset_decision(name, architecture)
+                decision = preset_decision(name, architecture, self.modulation)
             decisions[name] = decision
         return decisions
 
 
-def preset_decision(name: str, architecture: str) -> Decision:
+def preset_decision(name: str, architecture: str, modulation: str = "keep") -> Decision:
     """What the preset of an architecture, or the generic one, says of one Linear."""
     known = architecture in PRESETS
     preset, title = (PRESETS.get(architecture, GENERIC), architecture if known else "generic")
-    for pattern in preset.exclude:
-        if re.search(pattern, name):
-            return Decision(quantize=False, reason=f"{title} preset keeps {pattern!r}")
-    if any(re.search(pattern, name) for pattern in preset.include):
+    excluding = next((p for p in preset.exclude if re.search(p, name)), None)
+    included = any(re.search(pattern, name) for pattern in preset.include)
+    if excluding and included and modulation == "fp8" and re.search(MODULATION, name):
+        return Decision(quantize=True, reason="modulation in fp8")
+    if excluding:
+        return Decision(quantize=False, reason=f"{title} preset keeps {excluding!r}")
+    if included:
         return Decision(quantize=True, reason=f"{title} preset")
     return Decision(quantize=False, reason=f"outside the layers of the {title} preset")
 

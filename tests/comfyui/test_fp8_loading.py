@@ -256,6 +256,28 @@ def test_the_report_is_json_with_every_linear_and_its_reason(flux_file):
     assert report["bytes_before"] == total > report["bytes_after"]
 
 
+@pytest.mark.parametrize("name", ["flux", "hunyuan_video"])
+def test_modulation_in_fp8_makes_the_model_smaller_and_its_samples_little_worse(
+    name, tmp_path, monkeypatch
+):
+    path = write_model(tmp_path, monkeypatch, name)
+    exact = sample(reference(path), name)
+    kept, small = load(path), load(path, Fp8Policy(modulation="fp8"))
+    modulation = [
+        layer
+        for layer in small.report.layers
+        if layer.name.endswith(("_mod.lin", ".modulation.lin"))
+    ]
+    assert modulation and all(layer.quantized for layer in modulation)
+    layers = zip(kept.report.layers, small.report.layers, strict=True)
+    assert sum(a != b for a, b in layers) == len(modulation)
+    weights = sum(layer.bytes_before for layer in modulation)  # bf16, held in float32 on a CPU
+    saved = kept.report.to_json()["bytes_after"] - small.report.to_json()["bytes_after"]
+    assert saved == 2 * weights - sum(layer.bytes_after for layer in modulation)
+    error = distance(sample(kept.patcher, name), exact)
+    assert error < distance(sample(small.patcher, name), exact) < 2 * error
+
+
 def live_storages():
     """Address → bytes of every storage that a tensor in this process holds."""
     gc.collect()

@@ -48,6 +48,12 @@ def test_the_loader_gives_a_model_its_report_and_a_chart(models):
     assert (models / "temp" / picture["filename"]).is_file()
 
 
+def test_modulation_reaches_the_policy_and_is_kept_unless_chosen(models):
+    for inputs, quantized in (({}, False), ({"modulation": "fp8"}, True)):
+        report = json.loads(load(**inputs).result[1])
+        assert report["layers"]["double_blocks.0.img_mod.lin"]["quantized"] is quantized
+
+
 @pytest.mark.parametrize(
     "excluded", ["^single_blocks\\.\n  img_mlp  ", r"[r'^single_blocks\.', r'img_mlp']"]
 )

@@ -54,6 +54,37 @@ def test_an_include_pattern_admits_what_the_preset_keeps_and_an_exclude_pattern_
     assert decided[kept].reason == r"flux preset keeps '_mod\\.lin$'"
 
 
+MODULATION = [
+    ("flux", "double_blocks.0.img_mod.lin"),
+    ("flux", "single_blocks.0.modulation.lin"),
+    ("hunyuan_video", "double_blocks.0.img_mod.lin"),
+    ("lumina2", "layers.0.adaLN_modulation.1"),
+    ("ideogram4", "layers.0.adaln_modulation"),
+    ("something new", "layers.0.adaLN_modulation.1"),
+]
+
+
+@pytest.mark.parametrize(("architecture", "name"), MODULATION)
+def test_modulation_fp8_quantises_the_modulation_layers_that_the_preset_keeps(architecture, name):
+    assert not Fp8Policy().decide([name], architecture)[name].quantize
+    chosen = Fp8Policy(modulation="fp8").decide([name], architecture)[name]
+    assert chosen.quantize and chosen.reason == "modulation in fp8"
+    mine = Fp8Policy(modulation="fp8", patterns=LayerPatterns(exclude=(r"(?i)mod",)))
+    assert not mine.decide([name], architecture)[name].quantize
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name"),
+    [(a, n) for a, names in KEPT.items() for n in names if (a, n) not in MODULATION],
+)
+def test_modulation_fp8_changes_no_other_decision(architecture, name):
+    for modulation in ("keep", "fp8"):
+        assert not Fp8Policy(modulation=modulation).decide([name], architecture)[name].quantize
+    for others in NAMES[architecture]:
+        with_it = Fp8Policy(modulation="fp8").decide([others], architecture)
+        assert with_it == Fp8Policy().decide([others], architecture)
+
+
 def test_a_pattern_that_is_no_regular_expression_is_refused():
     with pytest.raises(ValueError, match=r"exclude_patterns: '\(' is not a regular expression"):
         Fp8Policy(patterns=LayerPatterns(exclude=("(",)))
@@ -66,6 +97,7 @@ def test_a_pattern_that_is_no_regular_expression_is_refused():
         ("granularity", "row"),
         ("scale_search", "max"),
         ("scale_rounding", "up"),
+        ("modulation", "int8"),
         ("block_size", 63),
     ],
 )
