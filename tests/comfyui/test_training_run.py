@@ -69,6 +69,8 @@ def test_cancel_saves_adapter_and_state_and_the_resumed_run_equals_the_whole_one
     plan = dataclasses.replace(PLAN, steps=7)
     given = {"plan": plan, "network": network}
     whole = run("flux", tmp_path / "whole", options=options, **given)
+    matrices = (t for key, t in whole.lora.items() if not key.endswith(".alpha"))
+    assert whole.resolved.filed_parameters == sum(t.numel() for t in matrices)
     said = []
     patcher = build("flux")
     original = training_run.saved

@@ -30,6 +30,13 @@ def test_every_file_that_is_kept_at_once_counts(checkpointing, mib):
     assert needed(**checkpointing).total == mib * MIB
 
 
+def test_an_adapter_file_that_holds_more_numbers_than_are_trained_takes_more_room():
+    checkpointing = Checkpointing(save_state=True, ema_shadows=True)
+    given = (PARAMETERS, checkpointing, 100)
+    room = room_needed(*given, shadows=5, filed_parameters=2 * PARAMETERS)
+    assert room.total == (2 + (3 + 5) + 5 * 2) * MIB
+
+
 def test_a_run_that_fits_is_silent_and_one_that_may_not_is_told_what_it_takes(tmp_path):
     folder = tmp_path / "to be made" / "run"
     assert tight(needed(), folder) == ""
