@@ -58,7 +58,7 @@ def browser():
 
 @pytest.fixture(scope="session")
 def without_todays_front_end():
-    """without_todays_front_end(what) skips the test, aloud, on a front end older than core 0.33's."""
+    """without_todays_front_end(what) skips, aloud, on a front end older than core 0.33's."""
 
     def skip_if_older(what: str) -> None:
         has = version("comfyui-frontend-package")
