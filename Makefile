@@ -18,7 +18,7 @@ NPM := $(shell command -v npm)
 TYPESCRIPT := 5.9.3
 TSC := build/typescript-$(TYPESCRIPT)/node_modules/.bin/tsc
 
-.PHONY: demo test test-hosts demo-comfyui faults fuzz bench lint style spelling types web-types workflows pictures help-tables in-step pretrain clean
+.PHONY: demo test test-hosts demo-comfyui faults fuzz full-size bench lint style spelling types web-types workflows pictures help-tables in-step pretrain clean
 
 demo: .venv/demo.ready  ## The main job without ComfyUI: train, average, quantise, cache; ends with a report page
 	$(BIN)/python -m comfyui_braid.engine.playground.demo
@@ -37,6 +37,9 @@ faults: .venv/test.ready $(NEEDS)  ## Some 60 processes killed while they write:
 
 fuzz: .venv/test.ready $(NEEDS)  ## 100,000 damaged files and hostile texts: each accepted, or refused in one sentence
 	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m fuzz
+
+full-size: .venv/test.ready $(NEEDS)  ## Real models with random weights: loaded, trained and sampled; 25 GB of disk, half an hour
+	cd tests && ../$(BIN)/python -m full_size
 
 bench: .venv/test.ready $(NEEDS)  ## Ratios measured side by side, one thread
 	for bench in tests/bench/bench_*.py; do OMP_NUM_THREADS=1 $(BIN)/python $$bench || exit 1; done

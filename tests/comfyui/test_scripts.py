@@ -9,7 +9,7 @@ from host.find import PACK
 
 SCRIPTS = sorted(
     path
-    for folder in ("tests/bench", "tests/faults", "tests/fuzz", "tools")
+    for folder in ("tests/bench", "tests/faults", "tests/full_size", "tests/fuzz", "tools")
     for path in (PACK / folder).glob("*.py")
 )
 
