@@ -26,6 +26,7 @@ def write_model(name: str, path: Path, seed: int = 0) -> int:
         start, end = end, end + 2 * math.prod(shape)
         header[key] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
     head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)  # as safetensors pads it, so that the tensors are aligned
     with path.open("wb") as file:
         file.write(len(head).to_bytes(8, "little") + head)
         for key, shape in shapes.items():
