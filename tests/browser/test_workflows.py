@@ -1,13 +1,12 @@
 """Every example workflow in a real browser: it opens whole, quietly, and runs as the API does."""
 
 import pytest
-from host.browse import MISPLACED
+from host.browse import MISPLACED, SETTLED
 from host.workflows import EXAMPLES, read_workflow, to_prompt
 
 WORKFLOWS = sorted(EXAMPLES.glob("*.json"))
 LOAD = """async (workflow) => {
     await app.loadGraphData(workflow);
-    await new Promise((done) => setTimeout(done, 1500));  // Nodes 2.0 measures what it has drawn
     const types = LiteGraph.registered_node_types;
     const missing = app.graph.nodes.filter((n) => !types[n.type]).map((n) => n.type);
     return { missing, prompt: (await app.graphToPrompt()).output };
@@ -28,6 +27,7 @@ def test_every_workflow_opens_without_missing_nodes_or_console_errors(
         without_todays_front_end("its Nodes 2.0 are taller and stand out of their groups")
     else:
         assert _prompt(loaded) == to_prompt(workflow, server.object_info())
+    page.evaluate(SETTLED)
     assert page.evaluate(MISPLACED) == []
 
 

@@ -65,6 +65,19 @@ MISPLACED = """() => {
     ];
 }"""
 """Nodes of an example workflow that lie in no group, or over another; [] when all is well."""
+SETTLED = """async () => {
+    const sizes = () => app.graph.nodes.map(({ id, size }) =>
+        [...size, document.querySelector(`[data-node-id="${id}"]`)?.offsetHeight]);
+    const isDrawn = (all) => !LiteGraph.vueNodesMode || all.every(([, , height]) => height);
+    for (let last = "", since = performance.now(); performance.now() - since < 400;) {
+        await new Promise((done) => setTimeout(done, 50));
+        const all = sizes();
+        const now = isDrawn(all) ? JSON.stringify(all) : Math.random();
+        if (now !== last) [last, since] = [now, performance.now()];
+    }
+}"""
+"""Until every node is drawn and none has changed its size for a while: Nodes 2.0 measures what it
+has drawn."""
 FIT = """() => {
     const { left, top, right, bottom } = app.graph.groups.reduce((all, { pos, size }) => ({
         left: Math.min(all.left, pos[0]),
