@@ -23,8 +23,9 @@ TSC := build/typescript-$(TYPESCRIPT)/node_modules/.bin/tsc
 demo: .venv/demo.ready  ## The main job without ComfyUI: train, average, quantise, cache; ends with a report page
 	$(BIN)/python -m comfyui_braid.engine.playground.demo
 
+# In the order of their folders: by count, the slowest files, of few tests, would come last and one worker wait.
 test: .venv/test.ready $(NEEDS)  ## The whole suite; parts that need a ComfyUI or chromium say so when they are skipped
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-hosts: .venv/test.ready $(NEEDS)  ## The parts with a ComfyUI, also with the newest packages and on OLDEST=checkout
 	cd tests && ../$(BIN)/python -m host.matrix --folder "$(abspath $(HOSTS))" $(if $(OLDEST),--oldest "$(abspath $(OLDEST))")

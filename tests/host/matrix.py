@@ -19,7 +19,10 @@ from .find import PACK, find_comfyui
 
 PACKAGES = ("comfyui-frontend-package", "comfy-kitchen", "comfy-aimdo")
 """What a ComfyUI takes from the registry and a user may have newer than it pins."""
-SUITES = ("-n", "2", "--dist", "loadfile", "tests/comfyui", "tests/browser")
+SUITES = (
+    *("-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"),
+    *("tests/comfyui", "tests/browser"),
+)
 NO_OLDEST = "make test-hosts OLDEST=path of a checkout of the oldest ComfyUI in pyproject.toml"
 COULD_NOT = "it could not be run"
 VERSIONS = f"import importlib.metadata as m; print(*map(m.version, {PACKAGES!r}))"
