@@ -1,20 +1,19 @@
 """`make full-size` with models so small that it takes seconds."""
 
 import comfy.sd
-import models_at_full_size
 import pytest
 import torch
-from full_size import files
+from full_size import files, models
 from full_size.watch import watched
 from safetensors import safe_open
 
-SMALL = dict(models_at_full_size.WAN, dim=256, num_heads=2, ffn_dim=512, num_layers=2)
+SMALL = dict(models.WAN, dim=256, num_heads=2, ffn_dim=512, num_layers=2)
 
 
 @pytest.fixture
 def small(monkeypatch):
     """A Wan that detection takes for one, under the name "small"."""
-    monkeypatch.setitem(models_at_full_size.MODELS, "small", ("WAN21_T2V", SMALL, 4096))
+    monkeypatch.setitem(models.MODELS, "small", ("WAN21_T2V", SMALL, 4096))
     return "small"
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 
 TESTS = Path(__file__).resolve().parents[1]
-sys.path += [str(TESTS), str(TESTS / "comfyui")]
+sys.path.append(str(TESTS))
 
 import conftest  # noqa: E402, F401  makes the package importable
 from host.inprocess import import_comfyui  # noqa: E402
@@ -49,6 +49,8 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="of the files, up to 24 GB each")
     parser.add_argument("--keep", action="store_true", help="leave the files there")
     given = parser.parse_args()
+    if unknown := set(given.models) - set(ITEMS):
+        parser.error(f"{', '.join(sorted(unknown))}: choose among {', '.join(ITEMS)}")
     if not import_comfyui():
         sys.exit("full-size needs a ComfyUI checkout: set COMFYUI_PATH")
     folder = given.folder or Path(tempfile.mkdtemp(prefix="braid_full_size_"))
@@ -72,10 +74,12 @@ def rows(name: str, folder: Path, keep: bool) -> Iterator[tuple[list[str], str]]
     from .files import write_model
 
     available = psutil.virtual_memory().available / GIB
-    fitting = [precision for precision in PRECISIONS if ROOM_GIB[name][precision] <= available]
-    for precision in set(PRECISIONS) - set(fitting):
-        needed = ROOM_GIB[name][precision]
-        yield [f"{name} {precision}", f"left out: needs {needed} GiB, {available:.0f} are free"], ""
+    room = ROOM_GIB[name]
+    fitting = [precision for precision in PRECISIONS if room[precision] <= available]
+    for precision in PRECISIONS:
+        if precision not in fitting:
+            left_out = f"left out: needs {room[precision]} GiB, {available:.0f} are free"
+            yield [f"{name} {precision}", left_out], ""
     if not fitting:
         return
     path = folder / f"{name}.safetensors"

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1]
-sys.path += [str(TESTS), str(TESTS / "comfyui")]
+sys.path.append(str(TESTS))
 
 import conftest  # noqa: E402, F401  makes the package importable
 from host.inprocess import import_comfyui  # noqa: E402
@@ -22,11 +22,11 @@ import comfy.sample  # noqa: E402
 import folder_paths  # noqa: E402
 import torch  # noqa: E402
 from comfy_api.latest import io  # noqa: E402
-from models_at_full_size import item  # noqa: E402
 
 import nodes  # noqa: E402
 from comfyui_braid.engine.network.spec import NetworkSpec  # noqa: E402
 from comfyui_braid.nodes import kinds  # noqa: E402
+from full_size.models import item  # noqa: E402
 
 STEPS = 2
 
@@ -44,7 +44,7 @@ def load(file: str, precision: str):
     return output[0], json.loads(output[1])
 
 
-def train(model, pair, checkpointing: bool) -> dict:
+def train(model, pair) -> dict:
     """The report of Train LoRA after two steps at rank 16."""
     network = NetworkSpec(rank=16, alpha=16.0)
     samples, positive = pair
@@ -57,7 +57,7 @@ def train(model, pair, checkpointing: bool) -> dict:
         network=[network],
         steps=[STEPS],
         output_name=["full_size"],
-        gradient_checkpointing=[checkpointing],
+        gradient_checkpointing=[True],
     )
     return json.loads(output.result[3])
 
@@ -82,7 +82,7 @@ def main(name: str, precision: str, file: str, shape: str, tokens: str) -> None:
         started = time.monotonic()
         model, report = load(path.name, precision)
         say(load_seconds=time.monotonic() - started, bytes_after=report.get("bytes_after"))
-        report = train(model, pair, checkpointing=True)
+        report = train(model, pair)
         say(
             step_seconds=report["seconds_per_step"],
             first_step_seconds=report["first_step_seconds"],

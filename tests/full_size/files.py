@@ -1,13 +1,16 @@
 """Model files of full size with random weights, as their publishers name and shape the tensors."""
 
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from models_at_full_size import full_size
+
+from comfyui_braid.engine.disk.writing import replaced_when_whole
+from comfyui_braid.engine.files import header_bytes, saved_layout
+
+from .models import diffusion_model
 
 CHUNK = 1 << 24
 """Numbers that are written at once: a window of twice as many that are drawn once, because drawing
@@ -16,23 +19,16 @@ CHUNK = 1 << 24
 
 def write_model(name: str, path: Path, seed: int = 0) -> int:
     """The model in bfloat16 at `path`, never more than a chunk of it in memory; its numbers."""
-    shapes = {
-        key: tuple(tensor.shape)
-        for key, tensor in full_size(name).model.diffusion_model.state_dict().items()
-    }
-    random, header, end = np.random.default_rng(seed), {}, 0
+    state = diffusion_model(name).state_dict()
+    layout = saved_layout({key: ("BF16", tuple(tensor.shape)) for key, tensor in state.items()})
+    random = np.random.default_rng(seed)
     pool = torch.from_numpy(random.standard_normal(2 * CHUNK, dtype=np.float32))
-    for key, shape in shapes.items():
-        start, end = end, end + 2 * math.prod(shape)
-        header[key] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
-    head = json.dumps(header).encode()
-    head += b" " * (-len(head) % 8)  # as safetensors pads it, so that the tensors are aligned
-    with path.open("wb") as file:
-        file.write(len(head).to_bytes(8, "little") + head)
-        for key, shape in shapes.items():
-            for chunk in _drawn(random, pool, key, shape):
-                file.write(memoryview(chunk.view(torch.uint16).numpy()))
-    return end // 2
+    with replaced_when_whole(path) as file:
+        file.write(header_bytes(layout, {}))
+        for key, entry in layout.items():
+            for chunk in _drawn(random, pool, key, entry.shape):
+                file.write(chunk.view(torch.uint8).numpy().data)
+    return sum(math.prod(entry.shape) for entry in layout.values())
 
 
 def _drawn(
